@@ -1,0 +1,244 @@
+"The `puzzle` command. Heavy imports stay inside the commands, so that help answers at once."
+import os, sys, time
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from puzzle_research.core.config import from_text, nearest, notebook_parameters, root
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+                  help='Train, report and use the puzzle codecs and models. Notebooks in nbs/ are the source of truth.')
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help='Data sets: what is known, what is found, what is whole.')
+app.add_typer(data_app, name='data')
+
+
+class Usage(Exception): "Something typed that cannot be: one line, exit 2."
+
+
+def _notebook(name:str) -> Path:
+    "A path, or a system's name or number: `01_vision_puzzle`, `vision_puzzle`, `01`."
+    if Path(name).is_file(): return Path(name).resolve()
+    known = {p.stem: p for p in sorted((root()/'nbs').glob('[0-9]*_*.ipynb'))}
+    stem = Path(name).stem
+    hits = [p for k, p in known.items() if stem in (k, k.split('_', 1)[1], k.split('_', 1)[0])]
+    if not hits: raise Usage(nearest(stem, list(known), 'notebook'))
+    return hits[0]
+
+
+def _values(path:Path, given:list[str]) -> dict:
+    "`name=value` texts, typed by the notebook's parameters cell."
+    known, values = notebook_parameters(path), {}
+    for text in given:
+        name, eq, value = text.partition('=')
+        if not eq: raise Usage(f'-p {name}: expected a name and a value, as in `-p seed 7`')
+        if name not in known: raise Usage(nearest(name, list(known)))
+        values[name] = from_text(known[name], value)
+    return values
+
+
+def _follow(run_dir:Path, done):
+    "A progress bar of a run in another process, from its progress.json, until `done()`."
+    import json
+    from tqdm import tqdm
+    bar, plain = None, not sys.stderr.isatty()
+    said, path = time.monotonic(), run_dir/'progress.json'
+    while not done():
+        time.sleep(.3)
+        try: p = json.loads(path.read_text())
+        except (OSError, ValueError): continue
+        if plain:
+            if time.monotonic() - said > 10: said = time.monotonic(); print(f"{p['stage']} {p['step']}/{p['steps']} loss {p['loss'][:7]}", file=sys.stderr, flush=True)
+            continue
+        if bar is None or bar.desc != p['stage'] + ': ':
+            if bar: bar.close()
+            bar = tqdm(total=p['steps'], initial=p['step'], desc=p['stage'], unit='step')
+        bar.update(p['step'] - bar.n); bar.set_postfix_str(f"loss {p['loss'][:7]}")
+    if bar: bar.close()
+
+
+def _execute(path:Path, out:Path, values:dict, run_dir:Path):
+    "papermill in a thread, the progress bar in this one. Returns the notebook's error, or None."
+    import threading, warnings
+    warnings.filterwarnings('ignore')
+    import papermill as pm
+    error = []
+    def work():
+        try: pm.execute_notebook(str(path), str(out), values, progress_bar=False, cwd=str(root()), kernel_name='python3')
+        except Exception as e: error.append(e)
+    t = threading.Thread(target=work); t.start()
+    _follow(run_dir, lambda: not t.is_alive())
+    t.join()
+    return error[0] if error else None
+
+
+@app.command()
+def run(notebook:Annotated[str, typer.Argument(help='Notebook path, or a system name such as 01_vision_puzzle.')],
+        param:Annotated[list[str], typer.Option('-p', '--param', metavar='NAME VALUE', help='Set a parameter; repeatable: -p budget full -p seed 1.')] = [],
+        resume:Annotated[Optional[str], typer.Option(metavar='RUN', help='Take up a run that died or was interrupted; a finished one is analysed again.')] = None,
+        out:Annotated[Optional[Path], typer.Option(metavar='FILE', help='Also write the executed notebook here.')] = None):
+    """Execute a notebook with parameters: train, diagnose, report.
+
+    The run's folder is reports/runs/SYSTEM/RUN. Plain `papermill NOTEBOOK OUT -p NAME VALUE` does the same.
+
+    Examples: puzzle run 01_vision_puzzle | puzzle run nbs/01_vision_puzzle.ipynb -p budget full -p seed 1 | puzzle run 01 --resume 20260102-1430
+    """
+    import shutil, tempfile
+    from puzzle_research.core.runs import Run, new_id
+    path = _notebook(notebook)
+    values = _values(path, param)
+    if resume: values['run'] = Run.open(resume).id
+    run_id = values.get('run') or new_id()
+    if not values.get('run'): os.environ['PUZZLE_RUN_ID'] = run_id
+    run_dir = root()/'reports'/'runs'/path.stem/run_id
+    print(f'{path.stem}: run {run_id}', flush=True)
+    with tempfile.TemporaryDirectory() as tmp:
+        executed = Path(tmp)/'notebook.ipynb'
+        error = _execute(path, executed, values, run_dir)
+        if executed.exists() and (run_dir/'manifest.json').exists(): shutil.copy(executed, run_dir/'notebook.ipynb')
+        if executed.exists() and out: shutil.copy(executed, out)
+    if error: raise RuntimeError(f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}")
+    _outcome(run_dir)
+
+
+def _outcome(run_dir):
+    from puzzle_research.core.report import result_table
+    from puzzle_research.core.runs import Run
+    r = Run(run_dir)
+    rel = os.path.relpath(run_dir)
+    print('\n' + result_table(r.summary))
+    print(f"\nstatus {r.status}, {r.manifest['seconds']:.0f} s, peak memory {r.manifest['peak_memory_mb']} MB")
+    print(f'report  {rel}/report.md\nfigures {rel}/figures/')
+
+
+@app.command()
+def runs(system:Annotated[Optional[str], typer.Argument(help='Only this system.')] = None,
+         last:Annotated[int, typer.Option(help='How many, newest last.')] = 20):
+    "List runs: id, status, recipe, budget, seed, seconds, and how each ended."
+    from puzzle_research.core.runs import Run, runs_folder
+    dirs = sorted(runs_folder().glob(f"{_notebook(system).stem if system else '*'}/*/manifest.json"), key=lambda p: p.parent.name)
+    if not dirs: print('no runs yet; start one with `puzzle run 01_vision_puzzle`')
+    for p in dirs[-last:]:
+        r = Run(p.parent); m = r.manifest
+        print(f"{r.system:20} {r.id:22} {r.status:11} {m['recipe'] or '':6} {m['budget'] or '':6} seed {m['seed']} {m['seconds']:7.0f} s  {m['error'] or ''}"[:160])
+
+
+@app.command()
+def show(run:Annotated[str, typer.Argument(help='A run id, or the start of one.')]):
+    "Show a run: how it stands, what differs from the defaults, data, events, results."
+    from puzzle_research.core.report import result_table
+    from puzzle_research.core.runs import Run
+    r = Run.open(run); m = r.manifest
+    print(f"{r.system}/{r.id}  {r.status}\nstart {m['start']}  end {m['end']}  {m['seconds']} s  {m['threads']} threads  {m['device']}")
+    print('changed ' + (' '.join(f'{k}={v!r}' for k, v in m['changed'].items()) or 'nothing'))
+    for d in m['data']: print(f"data    {d['name']}/{d['split']}: {d['rows']} rows, {d['origin']}, {len(d['dropped'])} left out, sha256 {d['sha256'][:12]}")
+    for e in r.events: print(f"event   {e['time']} {e['kind']}: {e['message']}")
+    if m['error']: print(f"error   {m['error']}")
+    if (r.dir/'summary.json').exists(): print('\n' + result_table(r.summary))
+    print(f'\nfolder  {os.path.relpath(r.dir)}')
+
+
+@app.command()
+def publish(run:Annotated[list[str], typer.Argument(help='One run, or several that differ only in their seed.')]):
+    "Copy the summary, figures and report of finished runs into reports/ and figures/, and renew the board."
+    from puzzle_research.core.report import publish as pub
+    from puzzle_research.core.runs import Run
+    print(os.path.relpath(pub([Run.open(r).dir for r in run])))
+
+
+@data_app.command('list')
+def data_list():
+    "Every data set the bench knows: what it is, its licence, where it was found."
+    from puzzle_research.core.data import SOURCES, find
+    for name, s in SOURCES.items():
+        found = find(name)
+        print(f"{name:32} {found or 'not found':10} {s.licence[:40]}")
+
+
+@data_app.command('check')
+def data_check(name:Annotated[Optional[str], typer.Argument(help='Only this data set.')] = None):
+    "Read every split found, whole: rows, fingerprint, broken items. Exit 1 where something is broken."
+    from puzzle_research.core.data import check
+    rows = check(name)
+    for r in rows: print('  '.join(f'{v}' for v in r.values()))
+    if any(r.get('error') for r in rows): raise typer.Exit(1)
+
+
+@data_app.command('fetch')
+def data_fetch(name:Annotated[str, typer.Argument(help='Data set to fetch.')]):
+    "Download a data set from the hub into data/, as Parquet. Needs the network."
+    from puzzle_research.core.data import fetch
+    print(fetch(name))
+
+
+@app.command()
+def doctor():
+    "What this bench stands on: versions, device, threads, disk, data found."
+    import shutil
+    import torch
+    from puzzle_research.core.config import pick_device
+    from puzzle_research.core.data import SOURCES, find
+    from puzzle_research.core.runs import git_state, versions
+    for k, v in versions().items(): print(f"{k:18} {v or 'MISSING'}")
+    g = git_state()
+    print(f"{'commit':18} {g['commit']}{' (dirty)' if g['dirty'] else ''}")
+    print(f"{'device':18} {pick_device()}   threads {torch.get_num_threads()} of {os.cpu_count()} cores")
+    print(f"{'disk free':18} {shutil.disk_usage(root()).free/2**30:.1f} GiB")
+    have = {n: f for n in SOURCES if (f := find(n))}
+    print(f"{'data':18} {', '.join(f'{n} ({f})' for n, f in have.items()) or 'none found; set PUZZLE_DATA or run `puzzle data fetch NAME`'}")
+
+
+def _codec(path:Path):
+    "The module that encodes files of this kind."
+    import importlib
+    kinds = {'.png': 'vision_puzzle', '.jpg': 'vision_puzzle', '.jpeg': 'vision_puzzle'}
+    if path.suffix.lower() not in kinds: raise Usage(f"{path.name}: no codec for {path.suffix or 'a file without an ending'!r}; expected one of {', '.join(kinds)}")
+    return importlib.import_module(f'puzzle_research.{kinds[path.suffix.lower()]}')
+
+
+@app.command()
+def encode(file:Annotated[Path, typer.Argument(help='A picture: .png, .jpg.')],
+           out:Annotated[Optional[Path], typer.Option('-o', '--out', metavar='FILE', help='Puzzle file to write; default FILE.puzzle.json.')] = None):
+    "Turn a picture into puzzles: one 30x30 grid of digits for each 32x32 tile, as an ARC JSON file."
+    codec = _codec(file)
+    if not file.exists(): raise FileNotFoundError(f'{file}: no such file')
+    out = out or file.with_suffix('.puzzle.json')
+    n = codec.encode_file(file, out)
+    print(f"{out}: {n} puzzle{'s' if n != 1 else ''}")
+
+
+@app.command()
+def decode(file:Annotated[Path, typer.Argument(help='A puzzle file made by `puzzle encode`.')],
+           out:Annotated[Optional[Path], typer.Option('-o', '--out', metavar='FILE', help='File to write; default FILE.png.')] = None):
+    "Turn a puzzle file back into a picture, from its digits alone."
+    out = out or file.with_name(file.name.removesuffix('.json').removesuffix('.puzzle') + '.decoded.png')
+    if not file.exists(): raise FileNotFoundError(f'{file}: no such file')
+    _codec(out).decode_file(file, out)
+    print(out)
+
+
+def join_params(argv:list[str]) -> list[str]:
+    "`-p NAME VALUE`, as papermill has it, into the `-p NAME=VALUE` that Typer can read."
+    res, i = [], 0
+    while i < len(argv):
+        if argv[i] in ('-p', '--param') and i + 2 < len(argv) and '=' not in argv[i+1] and argv[i+2] != '-p':
+            res += ['-p', f'{argv[i+1]}={argv[i+2]}']; i += 3
+        else: res.append(argv[i]); i += 1
+    return res
+
+
+def main():
+    "Entry point: bad usage is one line and exit 2, a failure one line and exit 1."
+    cmd = typer.main.get_command(app)
+    try: code = cmd.main(join_params(sys.argv[1:]), prog_name='puzzle', standalone_mode=False)
+    except KeyboardInterrupt: code = 130; print('interrupted; go on with `puzzle run NOTEBOOK --resume RUN`', file=sys.stderr)
+    except Exception as e:
+        usage = isinstance(e, Usage) or hasattr(e, 'format_message') or isinstance(e, ValueError) and e.__class__ is ValueError
+        text = e.format_message() if hasattr(e, 'format_message') else str(e)
+        if os.environ.get('PUZZLE_DEBUG'): raise
+        print(f"puzzle: {' '.join(text.split())}", file=sys.stderr)
+        code = 2 if usage else 1
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == '__main__': main()

@@ -1,0 +1,101 @@
+"""All that a commit needs: export the notebooks, refresh outputs of those whose code changed, clean them, render the README.
+
+`--check` changes nothing and says what is out of step; `--no-run` leaves stale outputs as they are."""
+import argparse, json, os, sys, tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+os.chdir(ROOT)
+sys.path.insert(0, str(ROOT))
+from execnb.nbio import read_nb, write_nb
+from nbdev.clean import clean_nb
+from nbdev.doclinks import nbglob
+from nbdev.export import nb_export
+
+from puzzle_research.core.runs import notebook_hash
+
+KERNEL = dict(display_name='python3', language='python', name='python3')
+
+
+def notebooks(): return sorted(Path(p) for p in nbglob(as_path=True))
+def is_system(p): return p.parent.name == 'nbs' and p.stem[0].isdigit()
+
+
+def cleaned(path):
+    "The notebook's text with nothing in it that a diff should not show."
+    nb = read_nb(path)
+    clean_nb(nb)
+    nb.metadata['kernelspec'] = dict(KERNEL)
+    with tempfile.TemporaryDirectory() as d:
+        write_nb(nb, Path(d)/'nb.ipynb')
+        return (Path(d)/'nb.ipynb').read_text()
+
+
+def export(paths, to):
+    for p in paths: nb_export(p, to)
+
+
+def readme():
+    "README.md from the index notebook; its code cells are left out, their outputs stay."
+    import nbformat
+    from nbconvert import MarkdownExporter
+    ex = MarkdownExporter(exclude_input=True, exclude_output_prompt=True, exclude_input_prompt=True)
+    body, _ = ex.from_notebook_node(nbformat.read(ROOT/'nbs'/'index.ipynb', 4))
+    lines = [l.rstrip() for l in body.strip().splitlines()]
+    text = '\n'.join(l for i, l in enumerate(lines) if l or i and lines[i-1])
+    return '<!-- rendered from nbs/index.ipynb by tools/prepare.py; edit that -->\n\n' + text + '\n'
+
+
+def stale(path): return json.loads(path.read_text())['metadata'].get('executed') != notebook_hash(path)
+
+
+def execute(path):
+    "Run a notebook in place, as JupyterLab would, and mark it with the hash of the code that ran."
+    import nbformat
+    from nbclient import NotebookClient
+    print(f'running {path.relative_to(ROOT)}', flush=True)
+    nb = nbformat.read(path, 4)
+    NotebookClient(nb, timeout=1800, kernel_name='python3', resources=dict(metadata=dict(path=str(path.parent)))).execute()
+    nb.metadata['executed'] = notebook_hash(path)
+    nbformat.write(nb, path)
+
+
+def findings(paths):
+    "What is out of step, each with the file it is about."
+    for p in paths:
+        name = p.relative_to(ROOT)
+        if cleaned(p) != p.read_text(): yield f'{name}: not clean'
+        if stale(p): yield f'{name}: outputs are older than its code'
+        if is_system(p) and not any('parameters' in c['metadata'].get('tags', []) for c in json.loads(p.read_text())['cells']):
+            yield f'{name}: no cell is tagged `parameters`'
+    with tempfile.TemporaryDirectory() as d:
+        export(paths, Path(d))
+        fresh = {f.relative_to(d): f.read_text() for f in Path(d).rglob('*.py') if f.name not in ('_modidx.py', '__init__.py')}
+    for f, text in fresh.items():
+        at = ROOT/'puzzle_research'/f
+        if not at.exists() or at.read_text() != text: yield f'puzzle_research/{f}: differs from what the notebooks export'
+    plain = {Path('cli.py'), *fresh}
+    for f in (ROOT/'puzzle_research').rglob('*.py'):
+        if f.name not in ('_modidx.py', '__init__.py') and f.relative_to(ROOT/'puzzle_research') not in plain: yield f'{f.relative_to(ROOT)}: no notebook exports it'
+    if (ROOT/'README.md').read_text() != readme(): yield 'README.md: differs from nbs/index.ipynb'
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__)
+    ap.add_argument('--check', action='store_true')
+    ap.add_argument('--no-run', action='store_true')
+    a = ap.parse_args()
+    paths = notebooks()
+    if a.check:
+        bad = list(findings(paths))
+        if bad: sys.exit('\n'.join(bad) + '\nmend with: make prepare')
+        return print(f'{len(paths)} notebooks clean, exported and in step with the README')
+    export(paths, ROOT/'puzzle_research')
+    for p in paths:
+        if stale(p) and not a.no_run: execute(p)
+        p.write_text(cleaned(p))
+    (ROOT/'README.md').write_text(readme())
+    print(f'{len(paths)} notebooks prepared')
+
+
+if __name__ == '__main__': main()
