@@ -64,7 +64,8 @@ def _execute(path:Path, out:Path, values:dict, run_dir:Path):
     import papermill as pm
     error = []
     def work():
-        try: pm.execute_notebook(str(path), str(out), values, progress_bar=False, cwd=str(root()), kernel_name='python3')
+        try: pm.execute_notebook(str(path), str(out), values, progress_bar=False, cwd=str(root()), kernel_name='python3',
+                                    extra_arguments=['--IPKernelApp.log_level=ERROR'])
         except Exception as e: error.append(e)
     t = threading.Thread(target=work); t.start()
     _follow(run_dir, lambda: not t.is_alive())
@@ -151,8 +152,8 @@ def data_list():
     "Every data set the bench knows: what it is, its licence, where it was found."
     from puzzle_research.core.data import SOURCES, find
     for name, s in SOURCES.items():
-        found = find(name)
-        print(f"{name:32} {found or 'not found':10} {s.licence[:40]}")
+        found = [split for split in s.splits if find(name, split)]
+        print(f"{name:31} {', '.join(found) or 'not found':28} {s.licence}")
 
 
 @data_app.command('check')
@@ -160,8 +161,8 @@ def data_check(name:Annotated[Optional[str], typer.Argument(help='Only this data
     "Read every split found, whole: rows, fingerprint, broken items. Exit 1 where something is broken."
     from puzzle_research.core.data import check
     rows = check(name)
-    for r in rows: print('  '.join(f'{v}' for v in r.values()))
-    if any(r.get('error') for r in rows): raise typer.Exit(1)
+    for r in rows: print(f"{r['name']:31} {r.get('split', ''):16} {r.get('rows', ''):>7} rows  {r.get('broken', 0)} broken  {r.get('listed', 0)} listed  {r.get('sha256', ''):12}  {r['status']}")
+    if any(r['status'] != 'ok' and not r['status'].startswith('not found') for r in rows): raise typer.Exit(1)
 
 
 @data_app.command('fetch')
@@ -184,8 +185,8 @@ def doctor():
     print(f"{'commit':18} {g['commit']}{' (dirty)' if g['dirty'] else ''}")
     print(f"{'device':18} {pick_device()}   threads {torch.get_num_threads()} of {os.cpu_count()} cores")
     print(f"{'disk free':18} {shutil.disk_usage(root()).free/2**30:.1f} GiB")
-    have = {n: f for n in SOURCES if (f := find(n))}
-    print(f"{'data':18} {', '.join(f'{n} ({f})' for n, f in have.items()) or 'none found; set PUZZLE_DATA or run `puzzle data fetch NAME`'}")
+    have = [n for n, s in SOURCES.items() if any(find(n, split) for split in s.splits)]
+    print(f"{'data':18} {', '.join(have) or 'none found; set PUZZLE_DATA or run `puzzle data fetch NAME`'}")
 
 
 def _codec(path:Path):

@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 os.chdir(ROOT)
 sys.path.insert(0, str(ROOT))
 from execnb.nbio import read_nb, write_nb
-from nbdev.clean import clean_nb
+from nbdev.clean import _nbdev_clean
 from nbdev.doclinks import nbglob
 from nbdev.export import nb_export
 
@@ -24,7 +24,7 @@ def is_system(p): return p.parent.name == 'nbs' and p.stem[0].isdigit()
 def cleaned(path):
     "The notebook's text with nothing in it that a diff should not show."
     nb = read_nb(path)
-    clean_nb(nb)
+    _nbdev_clean(nb)
     nb.metadata['kernelspec'] = dict(KERNEL)
     with tempfile.TemporaryDirectory() as d:
         write_nb(nb, Path(d)/'nb.ipynb')

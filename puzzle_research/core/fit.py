@@ -14,6 +14,8 @@ import numpy as np, torch
 from fastcore.basics import patch
 from torch import nn
 
+from .quantize import VectorQuantizer
+
 # %% ../../nbs/core/04_fit.ipynb #c008
 class Batches:
     "Batches of rows of equally long arrays as a function of the step. `len` is the steps of an epoch; the last, smaller batch is dropped."
@@ -92,7 +94,7 @@ def _accelerator(device, precision):
     return Accelerator(mixed_precision=precision, cpu=device == 'cpu')
 
 class Trainer:
-    "A loop over steps. `fit(steps)` starts, or goes on where the run's checkpoint `name` stands."
+    "A loop over steps. `fit(steps)` starts, or goes on where the run's checkpoint `name` stands; `seconds` is the time it took, over all sessions."
     def __init__(self, model:nn.Module,
         loss, # (model, batch, t) -> scalar tensor, or (scalar tensor, {name: number or tensor})
         batches, # step -> batch (tensors, or a tuple or dict of them), with a length: the steps of an epoch
@@ -115,8 +117,9 @@ class Trainer:
         self.model, self.optimizer = self.acc.prepare(model, optimizer)
         if compile: self.model = torch.compile(self.model)
         self.device, self.run = self.acc.device, run if self.acc.is_main_process else None
-        self.callbacks, self.step, self.steps, self.stopped, self.history = list(callbacks), 0, 0, False, {}
+        self.callbacks, self.step, self.steps, self.stopped, self.history, self.seconds = list(callbacks), 0, 0, False, {}, 0.
         if not self.acc.scaler: self.optimizer = optimizer # accelerate's wrapper looks for packages on the disk at every step: 0.1 ms
+        self.quantizers = [m for m in model.modules() if isinstance(m, VectorQuantizer)]
         self.params = [p for g in optimizer.param_groups for p in g['params']]
         for g in optimizer.param_groups: g.setdefault('initial_lr', g['lr'])
 
@@ -162,6 +165,7 @@ def one_step(self:Trainer):
             self.backward(loss/self.accumulate if self.accumulate > 1 else loss)
     if self.clip: self.metrics = self.metrics | dict(grad_norm=self.acc.clip_grad_norm_(self.params, self.clip))
     self.optimizer.step(); self.optimizer.zero_grad()
+    for q in self.quantizers: q.update()
     self.last_loss = loss.detach(); self.step += 1
 
 # %% ../../nbs/core/04_fit.ipynb #c019
@@ -193,13 +197,13 @@ def log(self:Trainer, split='train', **values):
 @patch
 def state_dict(self:Trainer):
     from puzzle_research.core.runs import rng_state
-    return dict(step=self.step, stopped=self.stopped, history=self.history, model=self.module.state_dict(),
+    return dict(step=self.step, stopped=self.stopped, seconds=self.seconds, history=self.history, model=self.module.state_dict(),
                 optimizer=self.optimizer.state_dict(), callbacks=[c.state_dict() for c in self.callbacks], rng=rng_state())
 
 @patch
 def load_state_dict(self:Trainer, s):
     from puzzle_research.core.runs import set_rng_state
-    self.step, self.stopped, self.history = s['step'], s['stopped'], s['history']
+    self.step, self.stopped, self.seconds, self.history = s['step'], s['stopped'], s['seconds'], s['history']
     self.module.load_state_dict(s['model']); self.optimizer.load_state_dict(s['optimizer'])
     for c, d in zip(self.callbacks, s['callbacks'], strict=True): c.load_state_dict(d)
     set_rng_state(s['rng'])
@@ -207,7 +211,9 @@ def load_state_dict(self:Trainer, s):
 @patch
 def save(self:Trainer):
     "Write the checkpoint of this stage."
-    self.check(); self.saved = time.monotonic()
+    self.check()
+    now = time.monotonic()
+    self.seconds, self.saved = self.seconds + now - self.saved, now
     if self.run: self.run.save(self.state_dict(), self.name)
 
 # %% ../../nbs/core/04_fit.ipynb #c021

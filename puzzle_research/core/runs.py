@@ -253,13 +253,13 @@ def say(self:Run, text:str, show:bool=True):
 # %% ../../nbs/core/06_runs.ipynb #c031
 @patch
 def use(self:Run, *datasets):
-    "Write data sets into the manifest (their `describe()`), and name dropped items and fallbacks in the events, once."
+    "Describe data sets in the manifest; name dropped items and a bundled stand-in in the events, once."
     known = {(d['name'], d['split']) for d in self.manifest['data']}
-    new = [d.describe() for d in datasets if (d.name, d.split) not in known]
+    new = [d for d in datasets if (d.name, d.split) not in known]
     for d in new:
-        if d['dropped']: self.event('drop', f"{d['name']}/{d['split']}: {len(d['dropped'])} items left out", items=d['dropped'])
-        if d['origin'] == 'bundled': self.event('fallback', f"{d['name']}/{d['split']}: the bundled set is used; numbers on it are not numbers on the real one")
-    if new: self.update(data=self.manifest['data'] + new)
+        if d.dropped: self.event('drop', f'{d.name}/{d.split}: {len(d.dropped)} items left out', items=d.dropped)
+        if d.origin == 'bundled': self.event('fallback', d.fallback or f'{d.name}/{d.split}: the bundled set; numbers on it are not numbers on another set')
+    if new: self.update(data=self.manifest['data'] + [d.describe() | dict(dropped=d.dropped) for d in new])
 
 # %% ../../nbs/core/06_runs.ipynb #c032
 @patch
@@ -315,11 +315,15 @@ def close(self:Run, status:str, error:str=None):
     self.update(status=status, end=now(), error=error, seconds=round(seconds, 1), peak_memory_mb=max(peak, m['peak_memory_mb'] or 0))
 
 @patch
+def write_summary(self:Run, summary:dict):
+    "Write summary.json."
+    cfg = self.config
+    write_json(self.dir/'summary.json', dict(system=self.system, recipe=cfg.get('recipe'), budget=cfg.get('budget'), status='ok') | summary)
+
+@patch
 def finish(self:Run, summary:dict):
     "Write summary.json and end the run with status `ok`."
-    cfg = self.config
-    head = dict(system=self.system, recipe=cfg.get('recipe'), budget=cfg.get('budget'), status='ok')
-    write_json(self.dir/'summary.json', head | summary)
+    self.write_summary(summary)
     self.close('ok')
 
 # %% ../../nbs/core/06_runs.ipynb #c037

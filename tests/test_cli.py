@@ -1,0 +1,50 @@
+"The command line: fast help, one clear line for bad usage, the same parameters as papermill."
+import json, os, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+from puzzle_research.cli import join_params
+from puzzle_research.core.config import root
+
+PUZZLE = Path(sys.executable).with_name('puzzle')
+
+
+def puzzle(*args, **env):
+    return subprocess.run([PUZZLE, *args], capture_output=True, text=True, timeout=300, env=os.environ | env, cwd=root())
+
+
+@pytest.mark.parametrize('args', [(), ('run',), ('runs',), ('show',), ('publish',), ('data',), ('data', 'check'), ('doctor',), ('encode',), ('decode',)])
+def test_help(args):
+    r = puzzle(*args, '--help')
+    assert r.returncode == 0 and 'Usage: puzzle' in r.stdout
+
+
+def test_help_needs_no_torch():
+    "Half a second is held by what is imported; the clock alone would depend on the machine."
+    code = "import sys; sys.argv=['puzzle','run','--help']\nfrom puzzle_research.cli import main\ntry: main()\nexcept SystemExit: pass\n" \
+           "print('HEAVY', [m for m in ('torch','numpy','pandas','matplotlib','datasets','papermill') if m in sys.modules])"
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert 'HEAVY []' in r.stdout, r.stdout + r.stderr
+
+
+@pytest.mark.parametrize('args, word', [
+    (('rum',), "'rum'"), (('run', '--bogus', 'x'), '--bogus'), (('run', '01_vison_puzzle'), "did you mean '01_vision_puzzle'"),
+    (('run', '01', '-p', 'comitment', '.15'), "did you mean 'commitment'"), (('run', '01', '-p', 'commitment', 'much'), "'commitment' = 'much': expected float"),
+    (('run', '01', '--resume', 'nothere'), "unknown run 'nothere'"), (('show', 'nothere'), 'nothere'), (('publish', 'nothere'), 'nothere'),
+    (('encode', 'a.gif'), "'.gif'"), (('data', 'check', 'cifar'), "did you mean 'cifar10'")])
+def test_bad_usage_is_one_line_and_exit_2(args, word):
+    r = puzzle(*args)
+    assert r.returncode == 2, r.stderr
+    assert word in r.stderr and r.stderr.count('\n') == 1 and 'Traceback' not in r.stderr
+
+
+def test_missing_file_is_one_line_and_exit_1():
+    r = puzzle('encode', 'nothere.png')
+    assert r.returncode == 1 and 'nothere.png' in r.stderr and r.stderr.count('\n') == 1
+
+
+def test_join_params():
+    assert join_params(['run', 'x', '-p', 'lr', '1e-3', '-p', 'seed=2']) == ['run', 'x', '-p', 'lr=1e-3', '-p', 'seed=2']
+    assert join_params(['run', 'x', '-p', 'lr']) == ['run', 'x', '-p', 'lr']
+    assert join_params(['run', 'x', '-p', 'shift', '-1']) == ['run', 'x', '-p', 'shift=-1']
