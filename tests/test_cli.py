@@ -1,5 +1,5 @@
 "The command line: fast help, one clear line for bad usage, the same parameters as papermill."
-import json, os, subprocess, sys
+import os, subprocess, sys
 from pathlib import Path
 
 import pytest

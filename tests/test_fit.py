@@ -1,5 +1,5 @@
 "What a notebook cell cannot show: killed processes, two processes, the strict cost of the loop."
-import json, os, signal, subprocess, sys, time
+import os, signal, subprocess, sys, time
 
 import pytest, torch
 from torch import nn

@@ -60,6 +60,32 @@ def execute(path):
     nbformat.write(nb, path)
 
 
+def exports_to(path):
+    "Modules that a notebook exports."
+    cells = json.loads(path.read_text())['cells']
+    return [l.split()[-1] for c in cells for l in ''.join(c['source']).splitlines() if l.startswith('#| default_exp')]
+
+
+def modules(): return {f: f.read_text() for f in (ROOT/'puzzle_research').rglob('*.py') if f.name not in ('_modidx.py', '__init__.py', 'cli.py')}
+
+
+def out_of_step(paths):
+    "Modules that an export would change, or that no notebook exports. nbdev resolves imports by the package's own folder, so it exports there; all is put back."
+    before = modules()
+    try:
+        export(paths, ROOT/'puzzle_research')
+        after = modules()
+    finally:
+        for f in modules().keys() - before.keys(): f.unlink()
+        for f, text in before.items():
+            if f.read_text() != text: f.write_text(text)
+    exported = {name for p in paths for name in exports_to(p)}
+    for f in sorted(after):
+        name = '.'.join(f.relative_to(ROOT/'puzzle_research').with_suffix('').parts)
+        if name not in exported: yield f'{f.relative_to(ROOT)}: no notebook exports it'
+        elif before.get(f) != after[f]: yield f'{f.relative_to(ROOT)}: differs from what the notebooks export'
+
+
 def findings(paths):
     "What is out of step, each with the file it is about."
     for p in paths:
@@ -68,15 +94,7 @@ def findings(paths):
         if stale(p): yield f'{name}: outputs are older than its code'
         if is_system(p) and not any('parameters' in c['metadata'].get('tags', []) for c in json.loads(p.read_text())['cells']):
             yield f'{name}: no cell is tagged `parameters`'
-    with tempfile.TemporaryDirectory() as d:
-        export(paths, Path(d))
-        fresh = {f.relative_to(d): f.read_text() for f in Path(d).rglob('*.py') if f.name not in ('_modidx.py', '__init__.py')}
-    for f, text in fresh.items():
-        at = ROOT/'puzzle_research'/f
-        if not at.exists() or at.read_text() != text: yield f'puzzle_research/{f}: differs from what the notebooks export'
-    plain = {Path('cli.py'), *fresh}
-    for f in (ROOT/'puzzle_research').rglob('*.py'):
-        if f.name not in ('_modidx.py', '__init__.py') and f.relative_to(ROOT/'puzzle_research') not in plain: yield f'{f.relative_to(ROOT)}: no notebook exports it'
+    yield from out_of_step(paths)
     if (ROOT/'README.md').read_text() != readme(): yield 'README.md: differs from nbs/index.ipynb'
 
 

@@ -1,0 +1,128 @@
+"The vision codec as its users meet it: the packaged weights, files, the command line, papermill."
+import shutil, subprocess, sys
+from pathlib import Path
+
+import numpy as np, pytest, torch
+from PIL import Image
+
+from puzzle_research.core.config import root
+from puzzle_research.core.data import load
+from puzzle_research.core.diagnose import fidelity
+from puzzle_research.core.puzzle import check_codec, load_puzzles, save_puzzles
+from puzzle_research.core.quantize import count_parameters
+from puzzle_research.core.runs import Run
+from puzzle_research.vision_puzzle import WEIGHTS, Config, VisionPuzzle, build, learned_numbers
+
+PUZZLE = Path(sys.executable).with_name('puzzle')
+PAPERMILL = Path(sys.executable).with_name('papermill')
+
+
+@pytest.fixture(scope='module')
+def codec(): return VisionPuzzle.from_pretrained()
+
+@pytest.fixture(scope='module')
+def photos(): return torch.from_numpy(load('bundled_photos', 'test').arrays['image'][::40].copy())
+
+
+def test_parameter_counts():
+    assert count_parameters(build(Config(recipe='seed'))) == 83_777
+    assert learned_numbers(build(Config())) <= 83_777
+
+
+def test_packaged_weights_are_small(): assert WEIGHTS.stat().st_size < 400_000
+
+
+def test_conformance(codec, photos):
+    assert check_codec(codec, photos[:6])['digits_used'] == 10
+
+
+def test_photos_come_back(codec, photos):
+    f = fidelity(codec.decode(codec.encode(photos)), photos)
+    assert f['psnr'] > 34, f
+
+
+def test_odd_images(codec):
+    "Noise, constants, checkerboards, ramps: every image becomes 900 digits, and the decoder sees what the encoder saw."
+    g = torch.Generator().manual_seed(0)
+    odd = torch.stack([torch.randint(0, 256, (3, 32, 32), generator=g), torch.randint(0, 2, (3, 32, 32), generator=g)*255, torch.zeros(3, 32, 32),
+                       torch.full((3, 32, 32), 255.), (torch.arange(32)%2*255).expand(3, 32, 32), torch.arange(3072).view(3, 32, 32)%256]).to(torch.uint8)
+    error, *_ = codec.choose(odd)
+    decoded = codec.decode(codec.encode(odd))
+    assert torch.equal((decoded.double() - odd).square().sum((1, 2, 3)), error)
+    assert torch.equal(decoded[2:4], odd[2:4])
+
+
+def test_threads_and_company_change_no_digit(codec, photos):
+    whole = codec.encode(photos[:4])
+    threads = torch.get_num_threads(); torch.set_num_threads(1)
+    alone = codec.encode(photos[1:2])
+    torch.set_num_threads(threads)
+    assert torch.equal(whole[1:2], alone)
+
+
+def picture(path, h=45, w=70):
+    y, x = np.mgrid[:h, :w]
+    a = np.stack([(x*3)%256, (y*5)%256, ((x + y)*2)%256], -1).astype(np.uint8)
+    Image.fromarray(a).save(path)
+    return a
+
+
+def puzzle(*args): return subprocess.run([PUZZLE, *map(str, args)], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize('name', ['photo.png', 'photo.jpg', 'grey.png'])
+def test_picture_round_trip(tmp_path, name):
+    a = picture(tmp_path/name)
+    if name == 'grey.png': Image.fromarray(a).convert('L').save(tmp_path/name)
+    r = puzzle('encode', tmp_path/name, '-o', tmp_path/'p.json'); assert r.returncode == 0, r.stderr
+    puzzles, meta = load_puzzles(tmp_path/'p.json')
+    assert len(puzzles) == 6 and (meta['height'], meta['width']) == (45, 70)
+    r = puzzle('decode', tmp_path/'p.json', '-o', tmp_path/'back.png'); assert r.returncode == 0, r.stderr
+    back, original = (np.asarray(Image.open(tmp_path/f).convert('RGB')).astype(float) for f in ('back.png', name))
+    assert back.shape == (45, 70, 3) and 10*np.log10(255**2/((back - original)**2).mean()) > 28
+
+
+def test_bad_files_are_one_clear_line(tmp_path):
+    picture(tmp_path/'whole.png')
+    (tmp_path/'text.png').write_text('not a picture')
+    (tmp_path/'torn.png').write_bytes((tmp_path/'whole.png').read_bytes()[:200])
+    save_puzzles(tmp_path/'sound.json', torch.zeros(1, 30, 30, dtype=torch.uint8), dict(kind='sound'))
+    save_puzzles(tmp_path/'short.json', torch.zeros(1, 30, 30, dtype=torch.uint8), dict(kind='picture', height=64, width=64))
+    for args, word in ((('encode', tmp_path/'text.png'), 'text.png cannot be read as a picture'), (('encode', tmp_path/'torn.png'), 'torn.png cannot be read'),
+                       (('decode', tmp_path/'sound.json'), 'holds no picture'), (('decode', tmp_path/'short.json'), 'holds 1 puzzles; a picture of 64x64 has 4')):
+        r = puzzle(*args)
+        assert r.returncode in (1, 2) and word in r.stderr and r.stderr.count('\n') == 1, r.stderr
+
+
+def last_run(before): return Run(next(p for p in (root()/'reports'/'runs'/'01_vision_puzzle').iterdir() if p not in before))
+def all_runs(): return set((root()/'reports'/'runs'/'01_vision_puzzle').glob('*'))
+
+
+@pytest.fixture
+def clean_runs():
+    before = all_runs(); yield
+    for p in all_runs() - before: shutil.rmtree(p)
+
+
+def numbers(run): return {k: v['value'] for k, v in run.summary['metrics'].items() if 'rate' not in k and 'speed' not in k}
+
+
+def test_papermill_from_two_folders_and_puzzle_run_agree(tmp_path, clean_runs):
+    nb, values = root()/'nbs'/'01_vision_puzzle.ipynb', ['-p', 'commitment', '0.15', '-p', 'budget', 'test', '-p', 'data', 'bundled', '-p', 'seed', '3']
+    results = []
+    for cmd, folder in (([PUZZLE, 'run', nb, *values], tmp_path), ([PAPERMILL, 'nbs/01_vision_puzzle.ipynb', tmp_path/'out.ipynb', *values], root()), ([PAPERMILL, nb, tmp_path/'out2.ipynb', *values], tmp_path)):
+        before = all_runs()
+        r = subprocess.run(cmd, cwd=folder, capture_output=True, text=True, timeout=900)
+        assert r.returncode == 0, r.stdout[-2000:] + r.stderr[-2000:]
+        run = last_run(before)
+        assert run.status == 'ok' and run.config['commitment'] == .15 and run.manifest['changed']['seed'] == 3
+        assert {'report.md', 'summary.json', 'metrics.jsonl', 'events.jsonl', 'config.json', 'codec.safetensors'} <= {p.name for p in run.dir.iterdir()}
+        results.append((numbers(run), (run.dir/'metrics.jsonl').read_bytes(), (run.dir/'codec.safetensors').read_bytes()))
+    assert results[0] == results[1] == results[2]
+
+
+def test_a_misspelt_parameter_stops_papermill_at_once(tmp_path, clean_runs):
+    before = all_runs()
+    r = subprocess.run([PAPERMILL, root()/'nbs'/'01_vision_puzzle.ipynb', tmp_path/'out.ipynb', '-p', 'comitment', '0.15', '-p', 'budget', 'test'], capture_output=True, text=True, timeout=300)
+    assert r.returncode != 0 and "did you mean 'commitment'" in r.stderr
+    assert all_runs() == before
