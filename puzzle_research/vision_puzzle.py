@@ -63,7 +63,7 @@ compile:bool = None # torch.compile
 # %% ../nbs/01_vision_puzzle.ipynb #c006
 PRESETS = {
     'test': dict(published_steps=4, context_steps=4, polish_steps=4, polish_images=64, valid_images=64, test_images=16, compile=False),
-    'quick': dict(published_steps=120, context_steps=300, polish_steps=200, polish_images=600, valid_images=128, test_images=200, compile=False),
+    'quick': dict(published_steps=100, context_steps=300, polish_steps=200, polish_images=600, valid_images=128, test_images=200, compile=False),
     ('seed', 'full'): dict(published_steps=3745), ('best', 'full'): dict(published_steps=374),
     'full': dict(context_steps=2000, polish_steps=1500, polish_images=4000, valid_images=2000, test_images=0, compile=False),
 }
@@ -844,7 +844,7 @@ def race(cfg, photos, published, seconds, n:int=100) -> dict:
     codec.context.fit_base(torch.cat([analyse(c, torch.zeros(len(c)))[0] for c in x.split(2000)]))
     setup, watch = time.perf_counter() - start, FirstBetter(codec, images, target)
     Trainer(codec.context, context_loss(cfg.tradeoff), batches(cfg, photos, mirrored_near_step), torch.optim.AdamW(codec.context.parameters(), cfg.context_rate), clip=1., device='cpu', callbacks=[watch]).fit(400)
-    return dict(seconds=setup + watch.seconds, published_seconds=seconds, ratio=seconds/(setup + watch.seconds), reached=watch.trail[-1][2] >= float(psnr(target)), target=float(psnr(target)), trail=watch.trail)
+    return dict(seconds=setup + watch.seconds, published_seconds=seconds, ratio=seconds/(setup + watch.seconds), reached=bool(watch.trail) and watch.trail[-1][2] >= float(psnr(target)), target=float(psnr(target)), trail=watch.trail)
 
 # %% ../nbs/01_vision_puzzle.ipynb #c093
 KNOWN = [dict(label='published run, 224x224', psnr=20.5, kind='published'), dict(label='JPEG payload', psnr=31.6), dict(label='WebP', psnr=31.9), dict(label='HEVC intra', psnr=33.2), dict(label='AVIF 4:4:4', psnr=34.75)]
@@ -867,7 +867,7 @@ def evaluate(cfg, run) -> dict: # summary
     if cfg.recipe == 'best':
         r = race(cfg, photos, published, seconds)
         run.event('timing', f"published design: {seconds:.1f} s to {r['target']:.2f} dB; best: {r['seconds']:.1f} s", **r)
-        metrics['speedup_over_published'] = metric(r['ratio'], 'x less training time to its error', 'max', 100, split='validation')
+        metrics['speedup_over_published'] = metric(r['ratio']*r['reached'], 'x less training time to its error', 'max', 100, split='validation')
     return summarise(cfg, photos, metrics, ours, table)
 
 def summarise(cfg, photos, metrics, ours, table):
@@ -947,7 +947,7 @@ def draw_one_digit(codec, published, test, puzzles, cells=(0, 2, 5, 40, 150, 400
     fig, axes = plt.subplots(2, len(cells) + 1, figsize=(7.4, 2.1), layout='constrained')
     for ax, model, p, name in ((axes[0], codec, puzzles[:1], 'ours'), (axes[1], published, plain, 'published')):
         pictures = [model.decode(p)[0], *one_digit(model, p, cells)]
-        for a, picture, cell in zip(ax, pictures, ('unchanged', *cells)): a.imshow(picture.permute(1, 2, 0)); a.set(xticks=[], yticks=[]); a.set_title(cell if isinstance(cell, str) else f'cell {cell}', fontsize=8)
+        for a, picture, cell in zip(ax, pictures, ('unchanged', *cells)): a.imshow(picture.permute(1, 2, 0)); a.set(xticks=[], yticks=[]); a.spines[:].set_visible(False); a.set_title(cell if isinstance(cell, str) else f'cell {cell}', fontsize=8)
         ax[0].set_ylabel(name, fontsize=9)
     return fig
 

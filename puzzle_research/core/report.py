@@ -7,7 +7,7 @@ __all__ = ['WORDS', 'ASIDE', 'OPS', 'ARROW', 'SIGN', 'BARS', 'KEEP', 'LINTS', 'N
            'show_given', 'baseline_kind', 'combine', 'result_table', 'collect', 'command', 'render_document', 'render',
            'write_report', 'Finding', 'lint', 'ends_before_it_starts', 'untrained_baseline_only', 'ambiguous_name',
            'ranks_one_seed', 'worse_than_first_epoch', 'chosen_on_test', 'no_unit_or_direction', 'criterion_disagrees',
-           'not_a_number', 'figure_missing', 'Refused', 'render_board', 'renew_board', 'publish']
+           'not_a_number', 'figure_missing', 'Refused', 'render_board', 'renew_board', 'package_weights', 'publish']
 
 # %% ../../nbs/core/07_report.ipynb #c002
 import json, math, re, shlex, statistics
@@ -439,10 +439,17 @@ def renew_board(folder:Path=None # project root
     write_atomic(reports/'index.md', render_board([read_json(p) for p in sorted((reports/'summaries').glob('*.json'))]))
     return reports/'index.md'
 
+def package_weights(run_dir:Path, folder:Path):
+    "A codec's weights (codec.safetensors in the run) become those of the package: `01_name` -> puzzle_research/weights/name.safetensors."
+    source, name = Path(run_dir)/'codec.safetensors', Path(run_dir).parent.name.split('_', 1)[-1]
+    if not source.exists(): return
+    (folder/'puzzle_research'/'weights').mkdir(parents=True, exist_ok=True)
+    write_atomic(folder/'puzzle_research'/'weights'/f'{name}.safetensors', source.read_bytes())
+
 def publish(run_dirs, # one folder of a run, or several that differ only in seed
     folder:Path=None # project root
 ) -> Path: # of the report
-    "Copy document, figures and report into the tracked folders and renew the board. Raises Refused with all that is wrong."
+    "Copy document, figures, report and a codec's weights (those of the first run) into the tracked folders and renew the board. Raises Refused with all that is wrong."
     dirs = [Path(d) for d in (run_dirs if isinstance(run_dirs, (list, tuple)) else [run_dirs])]
     bad = [f"run {m['run_id']} is {m['status']!r}, not 'ok'" for d in dirs if (m := read_json(d/'manifest.json'))['status'] != 'ok'] or [str(f) for f in lint(dirs)]
     if bad: raise Refused(f"not published, {_count(len(bad), 'finding')}:\n" + '\n'.join(f'- {b}' for b in bad))
@@ -454,5 +461,6 @@ def publish(run_dirs, # one folder of a run, or several that differ only in seed
     write_atomic(reports/f'{name}.md', render_document(read_json(reports/'summaries'/f'{name}.json'), f'../figures/{name}/'))
     for old in figures.glob('*.png'):
         if old.stem not in doc['figures']: old.unlink()
+    package_weights(dirs[0], base)
     renew_board(base)
     return reports/f'{name}.md'
