@@ -94,7 +94,7 @@ def _accelerator(device, precision):
     return Accelerator(mixed_precision=precision, cpu=device == 'cpu')
 
 class Trainer:
-    "A loop over steps. `fit(steps)` starts, or goes on where the run's checkpoint `name` stands; `seconds` is the time it took, over all sessions."
+    "A loop over steps. `fit(steps)` starts, or goes on where the run's checkpoint `name` stands; `seconds` is the time of its steps alone."
     def __init__(self, model:nn.Module,
         loss, # (model, batch, t) -> scalar tensor, or (scalar tensor, {name: number or tensor})
         batches, # step -> batch (tensors, or a tuple or dict of them), with a length: the steps of an epoch
@@ -212,8 +212,7 @@ def load_state_dict(self:Trainer, s):
 def save(self:Trainer):
     "Write the checkpoint of this stage."
     self.check()
-    now = time.monotonic()
-    self.seconds, self.saved = self.seconds + now - self.saved, now
+    self.saved = time.monotonic()
     if self.run: self.run.save(self.state_dict(), self.name)
 
 # %% ../../nbs/core/04_fit.ipynb #c021
@@ -234,7 +233,9 @@ def _loop(self:Trainer, steps):
     hooks = [c.after_step for c in self.callbacks if type(c).after_step is not Callback.after_step]
     every = 1 if self.device.type == 'cpu' else self.log_every
     while self.step < steps and not self.stopped:
+        start = time.perf_counter()
         self.one_step()
+        self.seconds += time.perf_counter() - start
         if self.step % every == 0: self.check()
         if self.step % self.log_every == 0: self.log(loss=self.last_loss, lr=self.lr, **self.metrics)
         for f in hooks: f(self)
