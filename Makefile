@@ -11,7 +11,7 @@ run: install ## train the vision codec at budget=quick; print the result table, 
 test: install ## everything CI runs
 	@$(BIN)/python tools/prepare.py --check
 	@$(BIN)/ruff check . || { echo 'mend with: .venv/bin/ruff check --fix .'; exit 1; }
-	@$(BIN)/nbdev_test --timing || { echo 'mend with: open the notebook named above (make lab), fix the cell, make prepare'; exit 1; }
+	@PUZZLE_RUNS=$$(mktemp -d) $(BIN)/nbdev_test --timing || { echo 'mend with: open the notebook named above (make lab), fix the cell, make prepare'; exit 1; }
 	@$(BIN)/python -m pytest || { echo 'mend with: .venv/bin/python -m pytest --lf -x'; exit 1; }
 lab: install ## JupyterLab with the kernel registered
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name python3
@@ -23,5 +23,5 @@ prepare: install ## export, refresh outputs of changed notebooks, clean, render 
 install: .venv/.installed
 .venv/.installed: pyproject.toml requirements.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check -q -c requirements.txt -e '.[dev]' 2> >(grep -v '^WARNING: Location' >&2)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.txt -e '.[dev]' 2> >(grep -v '^WARNING: Location' >&2)
 	@touch $@

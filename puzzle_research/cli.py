@@ -41,19 +41,20 @@ def _follow(run_dir:Path, done):
     "A progress bar of a run in another process, from its progress.json, until `done()`."
     import json
     from tqdm import tqdm
-    bar, plain = None, not sys.stderr.isatty()
+    bar, stage, plain = None, None, not sys.stderr.isatty()
     said, path = time.monotonic(), run_dir/'progress.json'
     while not done():
         time.sleep(.3)
         try: p = json.loads(path.read_text())
         except (OSError, ValueError): continue
+        loss = f"loss {float(p['loss']):.4g}"
         if plain:
-            if time.monotonic() - said > 10: said = time.monotonic(); print(f"{p['stage']} {p['step']}/{p['steps']} loss {p['loss'][:7]}", file=sys.stderr, flush=True)
+            if time.monotonic() - said > 10: said = time.monotonic(); print(f"{p['stage']} {p['step']}/{p['steps']} {loss}", file=sys.stderr, flush=True)
             continue
-        if bar is None or bar.desc != p['stage'] + ': ':
+        if p['stage'] != stage:
             if bar: bar.close()
-            bar = tqdm(total=p['steps'], initial=p['step'], desc=p['stage'], unit='step')
-        bar.update(p['step'] - bar.n); bar.set_postfix_str(f"loss {p['loss'][:7]}")
+            stage, bar = p['stage'], tqdm(total=p['steps'], initial=p['step'], desc=p['stage'], unit='step')
+        bar.update(p['step'] - bar.n); bar.set_postfix_str(loss)
     if bar: bar.close()
 
 
@@ -67,10 +68,20 @@ def _execute(path:Path, out:Path, values:dict, run_dir:Path):
         try: pm.execute_notebook(str(path), str(out), values, progress_bar=False, cwd=str(root()), kernel_name='python3',
                                     extra_arguments=['--IPKernelApp.log_level=ERROR'])
         except Exception as e: error.append(e)
-    t = threading.Thread(target=work); t.start()
-    _follow(run_dir, lambda: not t.is_alive())
+    t = threading.Thread(target=work, daemon=True); t.start()
+    try: _follow(run_dir, lambda: not t.is_alive())
+    except KeyboardInterrupt:
+        _interrupt(run_dir); t.join(30)
+        raise
     t.join()
     return error[0] if error else None
+
+
+def _interrupt(run_dir):
+    "Pass Ctrl-C on to the run's kernel, which then writes how it ended."
+    import json, signal
+    try: os.kill(json.loads((run_dir/'manifest.json').read_text())['process']['pid'], signal.SIGINT)
+    except OSError: pass
 
 
 @app.command()
@@ -85,13 +96,13 @@ def run(notebook:Annotated[str, typer.Argument(help='Notebook path, or a system 
     Examples: puzzle run 01_vision_puzzle | puzzle run nbs/01_vision_puzzle.ipynb -p budget full -p seed 1 | puzzle run 01 --resume 20260102-1430
     """
     import shutil, tempfile
-    from puzzle_research.core.runs import Run, new_id
+    from puzzle_research.core.runs import Run, new_id, runs_folder
     path = _notebook(notebook)
     values = _values(path, param)
-    if resume: values['run'] = Run.open(resume).id
+    if resume or values.get('run'): values['run'] = Run.open(resume or values['run']).id
     run_id = values.get('run') or new_id()
     if not values.get('run'): os.environ['PUZZLE_RUN_ID'] = run_id
-    run_dir = root()/'reports'/'runs'/path.stem/run_id
+    run_dir = runs_folder()/path.stem/run_id
     print(f'{path.stem}: run {run_id}', flush=True)
     with tempfile.TemporaryDirectory() as tmp:
         executed = Path(tmp)/'notebook.ipynb'
@@ -230,9 +241,10 @@ def join_params(argv:list[str]) -> list[str]:
 
 def main():
     "Entry point: bad usage is one line and exit 2, a failure one line and exit 1."
-    cmd = typer.main.get_command(app)
-    try: code = cmd.main(join_params(sys.argv[1:]), prog_name='puzzle', standalone_mode=False)
-    except KeyboardInterrupt: code = 130; print('interrupted; go on with `puzzle run NOTEBOOK --resume RUN`', file=sys.stderr)
+    cmd, argv = typer.main.get_command(app), join_params(sys.argv[1:])
+    if not argv or argv == ['data']: argv.append('--help')
+    try: code = cmd.main(argv, prog_name='puzzle', standalone_mode=False)
+    except KeyboardInterrupt: code = 130; print('puzzle: interrupted; go on with `puzzle run NOTEBOOK --resume RUN`', file=sys.stderr)
     except Exception as e:
         usage = isinstance(e, Usage) or hasattr(e, 'format_message') or isinstance(e, ValueError) and e.__class__ is ValueError
         text = e.format_message() if hasattr(e, 'format_message') else str(e)

@@ -15,11 +15,11 @@ __all__ = ['PRESETS', 'BOUNDS', 'Config', 'SIZES', 'COLOUR', 'WAVELET', 'DCT', '
            'train_context', 'census', 'calibrate', 'decoder_view', 'polish_loss', 'train_polish', 'train', 'load_codec',
            'through_digits', 'metric', 'published_codec', 'legacy_metrics', 'fidelity_metrics', 'FirstBetter', 'race',
            'criteria', 'evaluate', 'summarise', 'notes', 'draw_reconstructions', 'draw_plane', 'draw_training',
-           'draw_usage', 'one_digit', 'draw_one_digit', 'draw', 'open_picture', 'to_tiles', 'from_tiles', 'encode_file',
-           'decode_file']
+           'draw_usage', 'one_digit', 'draw_one_digit', 'draw', 'open_picture', 'to_tiles', 'from_tiles', 'weights_id',
+           'encode_file', 'decode_file']
 
 # %% ../nbs/01_vision_puzzle.ipynb #c003
-import math, time
+import hashlib, math, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -968,12 +968,14 @@ def draw(run):
 # %% ../nbs/01_vision_puzzle.ipynb #c105
 def open_picture(path): # -> uint8 (3, H, W)
     "Read a PNG or JPEG as RGB. Raises ValueError naming the file where it is not a picture, or one that ends early."
-    from PIL import Image as Pillow
+    from PIL import Image as Pillow, ImageOps
     try:
-        with Pillow.open(path) as im: return torch.from_numpy(np.array(im.convert('RGB'))).permute(2, 0, 1)
+        with Pillow.open(path) as im:
+            if im.mode.startswith(('I', 'F')): raise ValueError(f'{im.mode} pixels of more than 8 bits')
+            return torch.from_numpy(np.array(ImageOps.exif_transpose(im).convert('RGB'))).permute(2, 0, 1)
     except FileNotFoundError: raise
     except (OSError, SyntaxError, ValueError, Pillow.DecompressionBombError) as e:
-        raise ValueError(f'{path} cannot be read as a picture ({e}); expected a whole PNG or JPEG file') from None
+        raise ValueError(f'{path} cannot be read as a picture ({e}); expected a whole PNG or JPEG file of 8 bits a channel') from None
 
 def to_tiles(picture): # uint8 (3, H, W) -> uint8 (N, 3, 32, 32)
     h, w = picture.shape[1:]
@@ -984,14 +986,18 @@ def from_tiles(tiles, height, width): # -> uint8 (3, height, width)
     return rearrange(tiles, '(i j) c h w -> c (i h) (j w)', j=-(-width//32))[:, :height, :width]
 
 # %% ../nbs/01_vision_puzzle.ipynb #c106
-def encode_file(path, out, codec=None) -> int: # puzzles written
-    "Picture to puzzle file."
+def weights_id(): # 16 hex digits
+    "Digits mean something to the weights that wrote them only."
+    return hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:16]
+
+def encode_file(path, out) -> int: # puzzles written
+    "Picture to puzzle file, with the packaged weights."
     picture = open_picture(path)
-    puzzles = (codec or VisionPuzzle.from_pretrained()).encode(to_tiles(picture))
-    save_puzzles(out, puzzles, dict(kind='picture', height=picture.shape[1], width=picture.shape[2]))
+    puzzles = VisionPuzzle.from_pretrained().encode(to_tiles(picture))
+    save_puzzles(out, puzzles, dict(kind='picture', height=picture.shape[1], width=picture.shape[2], weights=weights_id()))
     return len(puzzles)
 
-def decode_file(path, out, codec=None):
+def decode_file(path, out):
     "Puzzle file to picture. Raises ValueError for a file of something else."
     from PIL import Image as Pillow
     puzzles, meta = load_puzzles(path)
@@ -999,4 +1005,5 @@ def decode_file(path, out, codec=None):
     if meta.get('kind') != 'picture' or not all(isinstance(v, int) and v > 0 for v in size):
         raise ValueError(f'{path} holds no picture: its meta says {meta}; expected kind picture, height and width as `puzzle encode` writes them')
     if len(puzzles) != -(-size[0]//32)*-(-size[1]//32): raise ValueError(f'{path} holds {len(puzzles)} puzzles; a picture of {size[0]}x{size[1]} has {-(-size[0]//32)*-(-size[1]//32)}')
-    Pillow.fromarray(from_tiles((codec or VisionPuzzle.from_pretrained()).decode(puzzles), *size).permute(1, 2, 0).numpy()).save(out)
+    if meta.get('weights') != weights_id(): raise ValueError(f"{path} was written with weights {meta.get('weights')}; these are {weights_id()}. Use the version of the package that wrote it")
+    Pillow.fromarray(from_tiles(VisionPuzzle.from_pretrained().decode(puzzles), *size).permute(1, 2, 0).numpy()).save(out)

@@ -1,5 +1,5 @@
 "The vision codec as its users meet it: the packaged weights, files, the command line, papermill."
-import shutil, subprocess, sys
+import os, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np, pytest, torch
@@ -94,35 +94,57 @@ def test_bad_files_are_one_clear_line(tmp_path):
         assert r.returncode in (1, 2) and word in r.stderr and r.stderr.count('\n') == 1, r.stderr
 
 
-def last_run(before): return Run(next(p for p in (root()/'reports'/'runs'/'01_vision_puzzle').iterdir() if p not in before))
-def all_runs(): return set((root()/'reports'/'runs'/'01_vision_puzzle').glob('*'))
-
-
-@pytest.fixture
-def clean_runs():
-    before = all_runs(); yield
-    for p in all_runs() - before: shutil.rmtree(p)
-
-
+def only_run(runs): return Run(next((runs/'01_vision_puzzle').iterdir()))
 def numbers(run): return {k: v['value'] for k, v in run.summary['metrics'].items() if 'rate' not in k and 'speed' not in k}
+def start(cmd, runs, cwd=None): return subprocess.Popen([str(c) for c in cmd], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | dict(PUZZLE_RUNS=str(runs)))
+
+def finish(process):
+    out, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, out[-3000:]
 
 
-def test_papermill_from_two_folders_and_puzzle_run_agree(tmp_path, clean_runs):
-    nb, values = root()/'nbs'/'01_vision_puzzle.ipynb', ['-p', 'commitment', '0.15', '-p', 'budget', 'test', '-p', 'data', 'bundled', '-p', 'seed', '3']
-    results = []
-    for cmd, folder in (([PUZZLE, 'run', nb, *values], tmp_path), ([PAPERMILL, 'nbs/01_vision_puzzle.ipynb', tmp_path/'out.ipynb', *values], root()), ([PAPERMILL, nb, tmp_path/'out2.ipynb', *values], tmp_path)):
-        before = all_runs()
-        r = subprocess.run(cmd, cwd=folder, capture_output=True, text=True, timeout=900)
-        assert r.returncode == 0, r.stdout[-2000:] + r.stderr[-2000:]
-        run = last_run(before)
-        assert run.status == 'ok' and run.config['commitment'] == .15 and run.manifest['changed']['seed'] == 3
-        assert {'report.md', 'summary.json', 'metrics.jsonl', 'events.jsonl', 'config.json', 'codec.safetensors'} <= {p.name for p in run.dir.iterdir()}
-        results.append((numbers(run), (run.dir/'metrics.jsonl').read_bytes(), (run.dir/'codec.safetensors').read_bytes()))
-    assert results[0] == results[1] == results[2]
+NOTEBOOK = root()/'nbs'/'01_vision_puzzle.ipynb'
+VALUES = ['-p', 'commitment', '0.15', '-p', 'budget', 'test', '-p', 'data', 'bundled', '-p', 'seed', '3', '-p', 'context_steps', '40']
 
 
-def test_a_misspelt_parameter_stops_papermill_at_once(tmp_path, clean_runs):
-    before = all_runs()
-    r = subprocess.run([PAPERMILL, root()/'nbs'/'01_vision_puzzle.ipynb', tmp_path/'out.ipynb', '-p', 'comitment', '0.15', '-p', 'budget', 'test'], capture_output=True, text=True, timeout=300)
-    assert r.returncode != 0 and "did you mean 'commitment'" in r.stderr
-    assert all_runs() == before
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    "A run from start to end with `puzzle run`, from a folder outside the project."
+    runs = tmp_path_factory.mktemp('whole')
+    finish(start([PUZZLE, 'run', NOTEBOOK, *VALUES], runs, runs))
+    return only_run(runs)
+
+
+def same(run, whole):
+    assert run.status == 'ok' and numbers(run) == numbers(whole)
+    for f in ('metrics.jsonl', 'codec.safetensors'): assert (run.dir/f).read_bytes() == (whole.dir/f).read_bytes()
+
+
+def test_a_run_holds_what_it_should(whole):
+    assert whole.config['commitment'] == .15 and whole.manifest['changed']['seed'] == 3
+    assert {'report.md', 'summary.json', 'metrics.jsonl', 'events.jsonl', 'config.json', 'notebook.ipynb', 'log.txt'} <= {p.name for p in whole.dir.iterdir()}
+    assert any(e['kind'] == 'fallback' for e in whole.events)
+    assert {c['op'] for c in whole.summary['criteria']} >= {'>=', '<=', '=='} and whole.summary['metrics']['digits']['value'] == 900
+
+
+def test_papermill_from_the_root_equals_puzzle_run(whole, tmp_path):
+    finish(start([PAPERMILL, 'nbs/01_vision_puzzle.ipynb', tmp_path/'out.ipynb', *VALUES], tmp_path/'runs', root()))
+    same(only_run(tmp_path/'runs'), whole)
+
+
+def test_killed_and_resumed_equals_never_killed(whole, tmp_path):
+    p = start([PUZZLE, 'run', '01_vision_puzzle', *VALUES], tmp_path/'runs')
+    run_id = p.stdout.readline().split()[-1]
+    log = tmp_path/'runs'/'01_vision_puzzle'/run_id/'metrics.jsonl'
+    while not (log.exists() and '"context"' in log.read_text()): time.sleep(.02); assert p.poll() is None, p.stdout.read()
+    run = only_run(tmp_path/'runs')
+    os.kill(run.manifest['process']['pid'], signal.SIGKILL); p.communicate(timeout=60)
+    assert run.status == 'died'
+    finish(start([PUZZLE, 'run', '01_vision_puzzle', '--resume', run_id], tmp_path/'runs'))
+    same(run, whole)
+
+
+def test_a_misspelt_parameter_stops_papermill_at_once(tmp_path):
+    p = start([PAPERMILL, NOTEBOOK, tmp_path/'out.ipynb', '-p', 'comitment', '0.15', '-p', 'budget', 'test'], tmp_path/'runs')
+    out, _ = p.communicate(timeout=300)
+    assert p.returncode != 0 and "did you mean 'commitment'" in out and not (tmp_path/'runs').exists()

@@ -13,7 +13,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, create_model, model_validator
 
 # %% ../../nbs/core/00_config.ipynb #c005
 def root() -> Path: # folder that holds `settings.ini`; the working folder where the package is installed without it
@@ -87,6 +87,7 @@ def _why(e, params):
 
 class BaseConfig(BaseModel):
     "Base of every notebook's `Config`: frozen, strict, explicit."
+    _asked: tuple = PrivateAttr(default=())
     model_config = ConfigDict(frozen=True, extra='forbid', strict=True, validate_default=True, allow_inf_nan=False)
 
     def __init__(self, **values):
@@ -111,6 +112,12 @@ class BaseConfig(BaseModel):
         "What recipe and budget decide: the general keys first, the pair last."
         presets = cls.__private_attributes__['_presets'].default
         return {k: v for key in (recipe, budget, (recipe, budget)) for k, v in presets.get(key, {}).items()}
+
+    def given(self) -> list:
+        "Names whose value differs from the cell's default, and those that a caller gave on purpose (see `configure`)."
+        first = {k: p.default for k, p in self.params().items()}
+        same = self.preset(self.recipe, self.budget) if 'recipe' in first and 'budget' in first else {}
+        return sorted({*self._asked, *(k for k, v in self.model_dump().items() if v != first[k] and v != same.get(k))})
 
     def changed(self) -> dict:
         "Values that differ from the defaults, presets resolved: what a reader must type to repeat the run."
@@ -154,11 +161,11 @@ def _source(ns):
     return next((s for s in reversed(ns.get('In', [])) if _is_parameters(s)), None)
 
 def _injected(ns):
-    "Assignments that papermill put below the parameters cell."
+    "Names that papermill assigned below the parameters cell."
     cells = ns.get('In', [])
     at = max((i for i, s in enumerate(cells) if _is_parameters(s)), default=len(cells))
     src = next((s for s in cells[at+1:at+2] if s.lstrip().startswith('# Parameters')), '')
-    return {t.id: ast.literal_eval(n.value) for n in ast.parse(src).body if isinstance(n, ast.Assign) for t in n.targets}
+    return [t.id for n in ast.parse(src).body if isinstance(n, ast.Assign) for t in n.targets]
 
 def parameters(ns:dict, # `globals()` of the notebook or module
     **kwargs # presets, choices, bounds: see `make_config`
@@ -178,7 +185,9 @@ def configure(cls:type, # the notebook's Config
         if name not in cls.params(): raise ValueError(nearest(name, cls.params()))
     values = {k: ns[k] for k in cls.params() if ns.get(k) is not None}
     if os.environ.get('IN_TEST'): values['budget'] = 'test'
-    return cls(**values)
+    cfg = cls(**values)
+    cfg._asked = tuple(k for k in _injected(ns) if k in values)
+    return cfg
 
 # %% ../../nbs/core/00_config.ipynb #c034
 def seed_everything(seed:int # for Python, NumPy and torch

@@ -358,7 +358,8 @@ class Progress(Callback):
         if self.mode == 'bar': self.bar.update(t.step - self.bar.n); self.bar.set_postfix_str(f'loss {t.last_loss.item():.4g}')
         elif self.mode == 'kernel': self.handle.update({'text/plain': self.line(t)}, raw=True)
         else: print(self.line(t), flush=True)
-        if t.run: (t.run.dir/'progress.json').write_text(json.dumps(dict(stage=t.name, step=t.step, steps=t.steps, loss=str(t.last_loss.item()))))
+        with contextlib.suppress(OSError):   # only a view: training does not end with a full disk here, a checkpoint says so
+            if t.run: (t.run.dir/'progress.json').write_text(json.dumps(dict(stage=t.name, step=t.step, steps=t.steps, loss=str(t.last_loss.item()))))
     def after_fit(self, t):
         if t.step > self.first: self.show(t)
         if self.mode == 'bar': self.bar.close()

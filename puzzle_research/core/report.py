@@ -440,9 +440,10 @@ def renew_board(folder:Path=None # project root
     return reports/'index.md'
 
 def package_weights(run_dir:Path, folder:Path):
-    "A codec's weights (codec.safetensors in the run) become those of the package: `01_name` -> puzzle_research/weights/name.safetensors."
+    "A codec's weights (codec.safetensors in the run) become those of the package, from a full run on real data only: `01_name` -> puzzle_research/weights/name.safetensors."
     source, name = Path(run_dir)/'codec.safetensors', Path(run_dir).parent.name.split('_', 1)[-1]
-    if not source.exists(): return
+    m = read_json(Path(run_dir)/'manifest.json')
+    if not source.exists() or m['budget'] != 'full' or any(d['origin'] == 'bundled' for d in m['data']): return
     (folder/'puzzle_research'/'weights').mkdir(parents=True, exist_ok=True)
     write_atomic(folder/'puzzle_research'/'weights'/f'{name}.safetensors', source.read_bytes())
 

@@ -157,7 +157,9 @@ def _process():
 def _alive(proc):
     import psutil
     if proc['host'] != _sha(platform.node()): return True   # another machine: its own status is all there is
-    try: return abs(psutil.Process(proc['pid']).create_time() - proc['started']) < 1
+    try:
+        p = psutil.Process(proc['pid'])
+        return p.status() != psutil.STATUS_ZOMBIE and abs(p.create_time() - proc['started']) < 1
     except psutil.NoSuchProcess: return False
 
 def status(manifest:dict) -> str: # one of STATUSES
@@ -168,7 +170,7 @@ def status(manifest:dict) -> str: # one of STATUSES
 # %% ../../nbs/core/06_runs.ipynb #c027
 def now(): return datetime.now(timezone.utc).isoformat(timespec='seconds')
 def new_id(): return os.environ.pop('PUZZLE_RUN_ID', None) or f'{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}'
-def runs_folder(): return root()/'reports'/'runs'
+def runs_folder(): return Path(os.environ.get('PUZZLE_RUNS') or root()/'reports'/'runs') # `PUZZLE_RUNS` keeps tests apart from real runs
 
 class Run:
     "A run's folder. `Run.start` makes one, `Run.open` finds one; see `begin` for what a notebook calls."
@@ -303,7 +305,8 @@ def rewind(self:Run):
     "Cut metrics.jsonl back to the newest checkpoint, whatever stage it belongs to."
     names = {p.stem for p in (self.dir/'checkpoints').glob('*.*') if p.suffix in ('.safetensors', '.previous')}
     cut = max((_newest(self, n)['metrics_bytes'] for n in names), default=0)
-    if (self.dir/'metrics.jsonl').exists(): os.truncate(self.dir/'metrics.jsonl', cut)
+    m = self.dir/'metrics.jsonl'
+    if m.exists(): os.truncate(m, min(cut, m.stat().st_size))
 
 # %% ../../nbs/core/06_runs.ipynb #c036
 @patch
@@ -354,9 +357,12 @@ def begin(system:str, # notebook's stem
     run = Run.open(name)
     if run.system != system: raise ValueError(f"run {run.id} belongs to {run.system}, not to {system}")
     old = type(cfg)(**run.config)
-    clash = [k for k, v in cfg.changed().items() if k != 'run' and getattr(old, k) != v]
+    clash = [k for k in cfg.given() if k != 'run' and getattr(old, k) != getattr(cfg, k)]
     if clash: raise ValueError(f"run {run.id} was made with {clash[0]}={getattr(old, clash[0])!r}, not {getattr(cfg, clash[0])!r}; leave it out to take the run up, or start a new run")
-    if run.status == 'running': raise ValueError(f"run {run.id} is still running")
+    for _ in range(30):                 # a kernel outlives its killed parent by a second
+        if run.status != 'running': break
+        time.sleep(.1)
+    else: raise ValueError(f"run {run.id} is still running; stop it first, or start a new run")
     run.began = time.time()
     if run.finished: run.update(analysis=dict(time=now(), code=code_state(system)))
     else:
