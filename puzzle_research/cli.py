@@ -42,14 +42,14 @@ def _follow(run_dir:Path, done):
     import json
     from tqdm import tqdm
     bar, stage, plain = None, None, not sys.stderr.isatty()
-    said, path = time.monotonic(), run_dir/'progress.json'
+    said, last, path = time.monotonic(), None, run_dir/'progress.json'
     while not done():
         time.sleep(.3)
         try: p = json.loads(path.read_text())
         except (OSError, ValueError): continue
         loss = f"loss {float(p['loss']):.4g}"
         if plain:
-            if time.monotonic() - said > 10: said = time.monotonic(); print(f"{p['stage']} {p['step']}/{p['steps']} {loss}", file=sys.stderr, flush=True)
+            if time.monotonic() - said > 10 and p != last: said, last = time.monotonic(), p; print(f"{p['stage']} {p['step']}/{p['steps']} {loss}", file=sys.stderr, flush=True)
             continue
         if p['stage'] != stage:
             if bar: bar.close()
