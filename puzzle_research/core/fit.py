@@ -28,12 +28,17 @@ class Batches:
     ):
         n = len(arrays[0])
         if any(len(a) != n for a in arrays): raise ValueError(f"arrays of {[len(a) for a in arrays]} rows; expected equally many")
-        self.arrays, self.seed, self.transform, self.rank, self.world = arrays, seed, transform, rank, world
+        self.arrays, self.seed, self.transform = arrays, seed, transform
         self.index = np.arange(n) if index is None else np.asarray(index)
         self.batch_size = batch_size or len(self.index)
         if self.batch_size > len(self.index): raise ValueError(f"batch_size {self.batch_size} is more than the {len(self.index)} rows; make it smaller")
-        if self.batch_size % world: raise ValueError(f"batch_size {self.batch_size} does not divide among {world} processes")
         self._epoch = None
+        self.share(rank, world)
+
+    def share(self, rank, world):
+        "Take every world-th row of a batch. `Trainer` calls this where several processes train."
+        if self.batch_size % world: raise ValueError(f"batch_size {self.batch_size} does not divide among {world} processes")
+        self.rank, self.world = rank, world
 
     def __len__(self): return len(self.index) // self.batch_size
 
@@ -116,7 +121,8 @@ class Trainer:
         self.accumulate, self.name, self.log_every, self.save_seconds = accumulate, name, log_every, save_seconds
         self.model, self.optimizer = self.acc.prepare(model, optimizer)
         if compile: self.model = torch.compile(self.model)
-        self.device, self.run = self.acc.device, run if self.acc.is_main_process else None
+        self.device, self.run, self.stored = self.acc.device, run if self.acc.is_main_process else None, run # all processes load, one writes
+        if self.acc.num_processes > 1 and isinstance(batches, Batches): batches.share(self.acc.process_index, self.acc.num_processes)
         self.callbacks, self.step, self.steps, self.stopped, self.history, self.seconds = list(callbacks), 0, 0, False, {}, 0.
         if not self.acc.scaler: self.optimizer = optimizer # accelerate's wrapper looks for packages on the disk at every step: 0.1 ms
         self.quantizers = [m for m in model.modules() if isinstance(m, VectorQuantizer)]
@@ -220,7 +226,7 @@ def save(self:Trainer):
 def fit(self:Trainer, steps:int):
     "Train to `steps` in all. A stage that the run has finished is only loaded."
     self.steps = steps
-    state = self.run.load(self.name) if self.run else None
+    state = self.stored.load(self.name) if self.stored else None
     if state: self.load_state_dict(state)
     self.module.train(); self.saved = time.monotonic()
     for c in self.callbacks: c.before_fit(self)
