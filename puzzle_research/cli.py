@@ -77,6 +77,12 @@ def _execute(path:Path, out:Path, values:dict, run_dir:Path):
     return error[0] if error else None
 
 
+def _failure(error, begun):
+    "What to raise for a notebook's error: a value that its Config refused, before any run began, is bad usage."
+    name, text = getattr(error, 'ename', type(error).__name__), getattr(error, 'evalue', error)
+    return Usage(text) if name == 'ValueError' and not begun else RuntimeError(f'{name}: {text}')
+
+
 def _interrupt(run_dir):
     "Pass Ctrl-C on to the run's kernel, which then writes how it ended."
     import json, signal
@@ -109,7 +115,7 @@ def run(notebook:Annotated[str, typer.Argument(help='Notebook path, or a system 
         error = _execute(path, executed, values, run_dir)
         if executed.exists() and (run_dir/'manifest.json').exists(): shutil.copy(executed, run_dir/'notebook.ipynb')
         if executed.exists() and out: shutil.copy(executed, out)
-    if error: raise RuntimeError(f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}")
+    if error: raise _failure(error, begun=(run_dir/'manifest.json').exists())
     _outcome(run_dir)
 
 
@@ -244,13 +250,14 @@ def main():
     cmd, argv = typer.main.get_command(app), join_params(sys.argv[1:])
     if not argv or argv == ['data']: argv.append('--help')
     try: code = cmd.main(argv, prog_name='puzzle', standalone_mode=False)
-    except KeyboardInterrupt: code = 130; print('puzzle: interrupted; go on with `puzzle run NOTEBOOK --resume RUN`', file=sys.stderr)
+    except KeyboardInterrupt: code = 130
     except Exception as e:
         usage = isinstance(e, Usage) or hasattr(e, 'format_message') or isinstance(e, ValueError) and e.__class__ is ValueError
         text = e.format_message() if hasattr(e, 'format_message') else str(e)
         if os.environ.get('PUZZLE_DEBUG'): raise
         print(f"puzzle: {' '.join(text.split())}", file=sys.stderr)
         code = 2 if usage else 1
+    if code == 130: print('puzzle: interrupted; go on with `puzzle run NOTEBOOK --resume RUN`', file=sys.stderr)   # Typer's own number for Ctrl-C
     sys.exit(code if isinstance(code, int) else 0)
 
 

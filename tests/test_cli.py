@@ -1,11 +1,12 @@
 "The command line: fast help, one clear line for bad usage, the same parameters as papermill."
-import os, subprocess, sys
+import os, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
 
 from puzzle_research.cli import join_params
 from puzzle_research.core.config import root
+from puzzle_research.core.runs import Run
 
 PUZZLE = Path(sys.executable).with_name('puzzle')
 
@@ -31,6 +32,7 @@ def test_help_needs_no_torch():
 @pytest.mark.parametrize('args, word', [
     (('rum',), "'rum'"), (('run', '--bogus', 'x'), '--bogus'), (('run', '01_vison_puzzle'), "did you mean '01_vision_puzzle'"),
     (('run', '01', '-p', 'comitment', '.15'), "did you mean 'commitment'"), (('run', '01', '-p', 'commitment', 'much'), "'commitment' = 'much': expected float"),
+    (('run', '01', '-p', 'budget', 'fast'), "unknown budget 'fast'"), (('run', '01', '-p', 'batch_size', '0'), "'batch_size' = 0"),
     (('run', '01', '--resume', 'nothere'), "unknown run 'nothere'"), (('show', 'nothere'), 'nothere'), (('publish', 'nothere'), 'nothere'),
     (('encode', 'a.gif'), "'.gif'"), (('data', 'check', 'cifar'), "did you mean 'cifar10'")])
 def test_bad_usage_is_one_line_and_exit_2(args, word):
@@ -48,3 +50,15 @@ def test_join_params():
     assert join_params(['run', 'x', '-p', 'lr', '1e-3', '-p', 'seed=2']) == ['run', 'x', '-p', 'lr=1e-3', '-p', 'seed=2']
     assert join_params(['run', 'x', '-p', 'lr']) == ['run', 'x', '-p', 'lr']
     assert join_params(['run', 'x', '-p', 'shift', '-1']) == ['run', 'x', '-p', 'shift=-1']
+
+
+def test_ctrl_c_ends_the_run_truthfully(tmp_path):
+    "One line and exit 130; the run says that it was interrupted, and can be taken up."
+    env = os.environ | dict(PUZZLE_RUNS=str(tmp_path))
+    p = subprocess.Popen([PUZZLE, 'run', '01', '-p', 'budget', 'test', '-p', 'data', 'bundled', '-p', 'context_steps', '100000'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=root(), start_new_session=True)
+    run = Run(tmp_path/'01_vision_puzzle'/p.stdout.readline().split()[-1])
+    while not ((run.dir/'progress.json').exists() and 'context' in (run.dir/'progress.json').read_text()): time.sleep(.1); assert p.poll() is None, p.stderr.read()
+    p.send_signal(signal.SIGINT)
+    _, err = p.communicate(timeout=120)
+    assert p.returncode == 130 and 'interrupted' in err and 'Traceback' not in err
+    assert run.status == 'interrupted'

@@ -105,6 +105,28 @@ def test_two_processes_equal_one(tmp_path):
     torch.testing.assert_close(a['weight'], b['weight'], rtol=1e-5, atol=1e-6)
 
 
+KILLED = TWO.replace(".fit(20)", "").replace("t = Trainer", "from puzzle_research.core.runs import Run\nrun = Run(sys.argv[2])\nt = Trainer").replace(", device='cpu')", ", device='cpu', run=run, save_seconds=0.)") \
+    .replace("if state.is_main_process", "t.fit(int(sys.argv[3]))\nif state.is_main_process")
+
+
+def test_two_processes_go_on_where_two_stopped(tmp_path):
+    "Both load the checkpoint that one wrote; the batches are shared without a word in the script."
+    script = tmp_path/'killed.py'; script.write_text(KILLED.replace(', rank=state.process_index, world=state.num_processes', ''))
+    env = os.environ | dict(ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1')
+    def train(name, steps):
+        (tmp_path/name/'checkpoints').mkdir(parents=True, exist_ok=True)
+        (tmp_path/name/'manifest.json').write_text('{"seconds": 0, "peak_memory_mb": null}')
+        cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', script, tmp_path/f'{name}.pt', tmp_path/name, steps]
+        r = subprocess.run([str(c) for c in cmd], env=env, capture_output=True, text=True, timeout=120)
+        assert r.returncode == 0, r.stderr[-2000:]
+        return torch.load(tmp_path/f'{name}.pt')
+    whole = train('whole', 20)
+    train('parts', 8); parts = train('parts', 20)
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    fresh = train('cold', 12)
+    assert not torch.equal(whole['weight'], fresh['weight'])
+
+
 def best_of(f, rounds=9):
     "Least processor time of several rounds: what others do on the machine does not count."
     def one():

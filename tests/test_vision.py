@@ -1,17 +1,19 @@
 "The vision codec as its users meet it: the packaged weights, files, the command line, papermill."
-import os, signal, subprocess, sys, time
+import os, re, signal, subprocess, sys, time
 from pathlib import Path
 
-import numpy as np, pytest, torch
+import nbformat, numpy as np, pytest, torch
+from nbclient import NotebookClient
 from PIL import Image
 
 from puzzle_research.core.config import root
 from puzzle_research.core.data import load
-from puzzle_research.core.diagnose import fidelity
+from puzzle_research.core.diagnose import fidelity, psnr
 from puzzle_research.core.puzzle import check_codec, load_puzzles, save_puzzles
 from puzzle_research.core.quantize import count_parameters
 from puzzle_research.core.runs import Run
-from puzzle_research.vision_puzzle import WEIGHTS, Config, VisionPuzzle, build, learned_numbers
+from puzzle_research.core.fit import Batches, Trainer
+from puzzle_research.vision_puzzle import BUDGET, MAXK, WEIGHTS, Config, PublishedVAE, VisionPuzzle, build, learned_numbers, published_loss
 
 PUZZLE = Path(sys.executable).with_name('puzzle')
 PAPERMILL = Path(sys.executable).with_name('papermill')
@@ -52,12 +54,48 @@ def test_odd_images(codec):
     assert torch.equal(decoded[2:4], odd[2:4])
 
 
+def discs(*radii):
+    "Black discs with soft edges on white."
+    y, x = torch.meshgrid(torch.arange(32.), torch.arange(32.), indexing='ij')
+    far = ((y - 16)**2 + (x - 16)**2).sqrt()
+    return torch.stack([(255 - 255*torch.sigmoid(2*(r - far))).to(torch.uint8).expand(3, 32, 32) for r in radii])
+
+
+def test_no_integer_passes_the_tables_range(codec):
+    "So few details that a fine step fits in bits, but they are so large that it would clamp them: the step found is coarser, and the disc stays whole."
+    images = discs(3, 4, 6)
+    fine = codec.quantise(images, torch.full((3,), 100))[0]
+    assert (fine.bits < BUDGET).any() and (fine.peak > MAXK + .5).all() and (fine.length > BUDGET).all()
+    error, index, *_ = codec.choose(images)
+    assert (codec.quantise(images, index)[0].peak <= MAXK + .5).all()
+    assert (psnr(error.numpy()/3072/255**2) > 40).all(), error
+
+
 def test_threads_and_company_change_no_digit(codec, photos):
     whole = codec.encode(photos[:4])
     threads = torch.get_num_threads(); torch.set_num_threads(1)
     alone = codec.encode(photos[1:2])
     torch.set_num_threads(threads)
     assert torch.equal(whole[1:2], alone)
+
+
+def test_overhead_below_a_twentieth_of_a_step(photos):
+    "The trainer against a bare loop on the published design at its batch of 64: processor time, the least of several rounds."
+    threads = torch.get_num_threads(); torch.set_num_threads(1)
+    batches = Batches(photos.repeat(64, 1, 1, 1)[:128], batch_size=64)
+    adam = lambda m: torch.optim.Adam(m.parameters(), 1e-3)
+    def bare(model, optimizer, n):
+        for step in range(n):
+            loss, _ = published_loss(model, batches(step), None); loss.backward(); optimizer.step(); optimizer.zero_grad(); loss.item()
+    def seconds(f):
+        start = time.process_time(); f(); return time.process_time() - start
+    one, other = PublishedVAE(), PublishedVAE()
+    optimizer, t = adam(one), Trainer(other, published_loss, batches, adam(other), device='cpu', log_every=10**6)
+    t.saved = time.monotonic()
+    pairs = [(seconds(lambda: bare(one, optimizer, 2)), seconds(lambda: t._loop(t.step + 2))) for _ in range(7)]
+    torch.set_num_threads(threads)
+    plain, ours = (min(p[i] for p in pairs) for i in (0, 1))
+    assert ours < 1.05*plain, f'{ours/plain - 1:.1%}'
 
 
 def picture(path, h=45, w=70):
@@ -129,6 +167,18 @@ def test_a_run_holds_what_it_should(whole):
 
 def test_papermill_from_the_root_equals_puzzle_run(whole, tmp_path):
     finish(start([PAPERMILL, 'nbs/01_vision_puzzle.ipynb', tmp_path/'out.ipynb', *VALUES], tmp_path/'runs', root()))
+    same(only_run(tmp_path/'runs'), whole)
+
+
+def test_jupyterlab_equals_puzzle_run(whole, tmp_path, monkeypatch):
+    "Values typed into the parameters cell, the kernel started in the notebook's folder."
+    monkeypatch.setenv('PUZZLE_RUNS', str(tmp_path/'runs'))
+    nb = nbformat.read(NOTEBOOK, 4)
+    cell = next(c for c in nb.cells if 'parameters' in c.metadata.get('tags', []))
+    for name, value in zip(VALUES[1::3], VALUES[2::3]):
+        cell.source, n = re.subn(rf'^({name}:\w+) = [^#]*', rf'\1 = {value if value[0].isdigit() else repr(value)} ', cell.source, flags=re.M)
+        assert n == 1
+    NotebookClient(nb, kernel_name='python3', resources=dict(metadata=dict(path=str(NOTEBOOK.parent)))).execute()
     same(only_run(tmp_path/'runs'), whole)
 
 

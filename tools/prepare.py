@@ -36,12 +36,12 @@ def export(paths, to):
 
 
 def readme():
-    "README.md from the index notebook; its code cells are left out, their outputs stay."
+    "README.md from the index notebook: its code cells are left out, their outputs stay, its links start from here."
     import nbformat
     from nbconvert import MarkdownExporter
     ex = MarkdownExporter(exclude_input=True, exclude_output_prompt=True, exclude_input_prompt=True)
     body, _ = ex.from_notebook_node(nbformat.read(ROOT/'nbs'/'index.ipynb', 4))
-    lines = [l.rstrip() for l in body.strip().splitlines()]
+    lines = [l.rstrip() for l in body.replace('](../', '](').strip().splitlines()]
     text = '\n'.join(l for i, l in enumerate(lines) if l or i and lines[i-1])
     return '<!-- rendered from nbs/index.ipynb by tools/prepare.py; edit that -->\n\n' + text + '\n'
 
@@ -55,7 +55,7 @@ def execute(path):
     from nbclient import NotebookClient
     print(f'running {path.relative_to(ROOT)}', flush=True)
     nb = nbformat.read(path, 4)
-    NotebookClient(nb, timeout=1800, kernel_name='python3', resources=dict(metadata=dict(path=str(path.parent)))).execute()
+    NotebookClient(nb, timeout=1800, kernel_name='python3', extra_arguments=['--IPKernelApp.log_level=ERROR'], resources=dict(metadata=dict(path=str(path.parent)))).execute()
     nb.metadata['executed'] = notebook_hash(path)
     nbformat.write(nb, path)
 

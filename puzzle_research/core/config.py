@@ -11,8 +11,9 @@ import ast, difflib, os, random, tokenize
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, create_model, model_validator
 
 # %% ../../nbs/core/00_config.ipynb #c005
@@ -98,6 +99,9 @@ class BaseConfig(BaseModel):
     @classmethod
     def _resolve(cls, values):
         full = {p.name: p.default for p in cls.params().values()} | values
+        for name in ('recipe', 'budget'):    # the presets hang on them
+            allowed = get_args(cls.model_fields[name].annotation) if name in full else ()
+            if allowed and full[name] not in allowed: raise ValueError(nearest(str(full[name]), allowed, name))
         for name, value in cls.preset(full.get('recipe'), full.get('budget')).items():
             if full.get(name) is None: full[name] = value
         left = [k for k, v in full.items() if v is None]
@@ -113,23 +117,26 @@ class BaseConfig(BaseModel):
         presets = cls.__private_attributes__['_presets'].default
         return {k: v for key in (recipe, budget, (recipe, budget)) for k, v in presets.get(key, {}).items()}
 
-    def given(self) -> list:
-        "Names whose value differs from the cell's default, and those that a caller gave on purpose (see `configure`)."
-        first = {k: p.default for k, p in self.params().items()}
-        same = self.preset(self.recipe, self.budget) if 'recipe' in first and 'budget' in first else {}
-        return sorted({*self._asked, *(k for k, v in self.model_dump().items() if v != first[k] and v != same.get(k))})
-
-    def changed(self) -> dict:
-        "Values that differ from the defaults, presets resolved: what a reader must type to repeat the run."
-        values, first = self.model_dump(), {k: p.default for k, p in self.params().items()}
-        modes = {k: values[k] for k in ('recipe', 'budget') if k in values}
-        default = type(self)(**modes).model_dump()
-        return {k: v for k, v in modes.items() if v != first[k]} | {k: v for k, v in values.items() if v != default[k]}
-
 # %% ../../nbs/core/00_config.ipynb #c021
+@patch
+def given(self:BaseConfig) -> list:
+    "Names whose value differs from the cell's default, and those that a caller gave on purpose (see `configure`)."
+    first = {k: p.default for k, p in self.params().items()}
+    same = self.preset(self.recipe, self.budget) if 'recipe' in first and 'budget' in first else {}
+    return sorted({*self._asked, *(k for k, v in self.model_dump().items() if v != first[k] and v != same.get(k))})
+
+@patch
+def changed(self:BaseConfig) -> dict:
+    "Values that differ from the defaults, presets resolved: what a reader must type to repeat the run."
+    values, first = self.model_dump(), {k: p.default for k, p in self.params().items()}
+    modes = {k: values[k] for k in ('recipe', 'budget') if k in values}
+    default = type(self)(**modes).model_dump()
+    return {k: v for k, v in modes.items() if v != first[k]} | {k: v for k, v in values.items() if v != default[k]}
+
+# %% ../../nbs/core/00_config.ipynb #c023
 COMMON = dict(recipe=('seed', 'best'), budget=('test', 'quick', 'full'), data=('auto', 'real', 'bundled'))
 
-# %% ../../nbs/core/00_config.ipynb #c022
+# %% ../../nbs/core/00_config.ipynb #c024
 def make_config(params:dict, # name -> `Param`
     presets:dict=None, # {recipe | budget | (recipe, budget): {name: value}}
     choices:dict=None, # name -> allowed values
@@ -149,7 +156,7 @@ def make_config(params:dict, # name -> `Param`
     fields = {p.name: (field(p), info(p)) for p in params.values()}
     return create_model('Config', __base__=BaseConfig, _params=(dict, dict(params)), _presets=(dict, presets), **fields)
 
-# %% ../../nbs/core/00_config.ipynb #c027
+# %% ../../nbs/core/00_config.ipynb #c029
 def _is_parameters(src):
     try: body = ast.parse(src).body
     except SyntaxError: return False
@@ -176,7 +183,7 @@ def parameters(ns:dict, # `globals()` of the notebook or module
     live = {k: Param(k, t, ns[k]) for k, t in ns.get('__annotations__', {}).items() if t in TYPES.values()}
     return make_config(live, **kwargs)
 
-# %% ../../nbs/core/00_config.ipynb #c029
+# %% ../../nbs/core/00_config.ipynb #c031
 def configure(cls:type, # the notebook's Config
     ns:dict # `globals()`
 ) -> BaseConfig:
@@ -189,7 +196,7 @@ def configure(cls:type, # the notebook's Config
     cfg._asked = tuple(k for k in _injected(ns) if k in values)
     return cfg
 
-# %% ../../nbs/core/00_config.ipynb #c034
+# %% ../../nbs/core/00_config.ipynb #c036
 def seed_everything(seed:int # for Python, NumPy and torch
 ) -> dict: # what was set, for the manifest
     "Seed every generator and ask cuDNN for repeatable kernels."

@@ -98,6 +98,7 @@ def _accelerator(device, precision):
     if PartialState._shared_state and PartialState().num_processes == 1: AcceleratorState._reset_state(True) # a notebook may train twice, with another precision
     return Accelerator(mixed_precision=precision, cpu=device == 'cpu')
 
+# %% ../../nbs/core/04_fit.ipynb #c017
 class Trainer:
     "A loop over steps. `fit(steps)` starts, or goes on where the run's checkpoint `name` stands; `seconds` is the time of its steps alone."
     def __init__(self, model:nn.Module,
@@ -129,15 +130,17 @@ class Trainer:
         self.params = [p for g in optimizer.param_groups for p in g['params']]
         for g in optimizer.param_groups: g.setdefault('initial_lr', g['lr'])
 
-    @property
-    def epoch(self): return self.step*self.accumulate // len(self.batches)
-    @property
-    def progress(self): return self.step/max(1, self.steps)
-    @property
-    def lr(self): return self.optimizer.param_groups[0]['lr']
-    def find(self, kind): return next((c for c in self.callbacks if isinstance(c, kind)), None)
+# %% ../../nbs/core/04_fit.ipynb #c018
+@patch(as_prop=True)
+def epoch(self:Trainer): return self.step*self.accumulate // len(self.batches)
+@patch(as_prop=True)
+def progress(self:Trainer): return self.step/max(1, self.steps)
+@patch(as_prop=True)
+def lr(self:Trainer): return self.optimizer.param_groups[0]['lr']
+@patch
+def find(self:Trainer, kind): return next((c for c in self.callbacks if isinstance(c, kind)), None)
 
-# %% ../../nbs/core/04_fit.ipynb #c017
+# %% ../../nbs/core/04_fit.ipynb #c020
 def to_device(batch, device):
     "Move tensors in a tuple, list or dict."
     if isinstance(batch, torch.Tensor): return batch.to(device, non_blocking=True)
@@ -174,7 +177,7 @@ def one_step(self:Trainer):
     for q in self.quantizers: q.update()
     self.last_loss = loss.detach(); self.step += 1
 
-# %% ../../nbs/core/04_fit.ipynb #c019
+# %% ../../nbs/core/04_fit.ipynb #c022
 @patch
 def check(self:Trainer):
     "Raise Aborted where the loss is not finite."
@@ -199,7 +202,7 @@ def log(self:Trainer, split='train', **values):
     if self.run: self.run.log(self.step, split, stage=self.name, epoch=self.epoch, **values)
     return values
 
-# %% ../../nbs/core/04_fit.ipynb #c020
+# %% ../../nbs/core/04_fit.ipynb #c023
 @patch
 def state_dict(self:Trainer):
     from puzzle_research.core.runs import rng_state
@@ -221,7 +224,7 @@ def save(self:Trainer):
     self.saved = time.monotonic()
     if self.run: self.run.save(self.state_dict(), self.name)
 
-# %% ../../nbs/core/04_fit.ipynb #c021
+# %% ../../nbs/core/04_fit.ipynb #c024
 @patch
 def fit(self:Trainer, steps:int):
     "Train to `steps` in all. A stage that the run has finished is only loaded."
@@ -248,7 +251,7 @@ def _loop(self:Trainer, steps):
         if time.monotonic() - self.saved > self.save_seconds: self.save()
     self.save()
 
-# %% ../../nbs/core/04_fit.ipynb #c030
+# %% ../../nbs/core/04_fit.ipynb #c033
 @contextlib.contextmanager
 def evaluating(model:nn.Module):
     "Eval mode and no gradients; each submodule's mode is put back."
@@ -270,7 +273,7 @@ class Evaluate(Callback):
         if t.run: t.run.say(f'{t.name} {t.step}/{t.steps} ' + ' '.join(f'{k}={v:.4g}' for k, v in values.items()), show=False)
         for c in t.callbacks: c.after_eval(t, values)
 
-# %% ../../nbs/core/04_fit.ipynb #c032
+# %% ../../nbs/core/04_fit.ipynb #c035
 class WeightAverage(Callback):
     "EMA of the parameters: decay is at most (1+step)/(10+step), as in TensorFlow's ExponentialMovingAverage."
     def __init__(self, decay:float=.999): self.decay, self.average = decay, None
@@ -294,7 +297,7 @@ class WeightAverage(Callback):
     def state_dict(self): return dict(average=self.average)
     def load_state_dict(self, s): self.average = s['average']
 
-# %% ../../nbs/core/04_fit.ipynb #c036
+# %% ../../nbs/core/04_fit.ipynb #c039
 class Best(Callback):
     "Keep the weights of the best evaluation; stop after `patience` evaluations without a gain above `min_delta`; end with the best."
     def __init__(self, metric:str, direction:str='min', patience:int=None, min_delta:float=0.):
@@ -316,7 +319,7 @@ class Best(Callback):
     def state_dict(self): return {k: getattr(self, k) for k in ('value', 'step', 'waited', 'weights')}
     def load_state_dict(self, s): self.__dict__.update(s)
 
-# %% ../../nbs/core/04_fit.ipynb #c039
+# %% ../../nbs/core/04_fit.ipynb #c042
 @dataclass
 class Rule(Callback):
     "Watch a metric of the evaluations: alert, or abort, once `test` held `patience` times in a row."
@@ -341,7 +344,7 @@ class Rule(Callback):
     def state_dict(self): return dict(count=self.count, last=self.last, best=self.best)
     def load_state_dict(self, s): self.__dict__.update(s)
 
-# %% ../../nbs/core/04_fit.ipynb #c042
+# %% ../../nbs/core/04_fit.ipynb #c045
 def _in_kernel():
     try: return get_ipython().__class__.__name__ == 'ZMQInteractiveShell'
     except NameError: return False

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATUSES', 'write_atomic', 'write_json', 'read_json', 'read_jsonl', 'pack', 'unpack', 'TornCheckpoint', 'save_state',
            'load_state', 'rng_state', 'set_rng_state', 'git_state', 'notebook_hash', 'code_state', 'versions', 'status',
-           'now', 'new_id', 'runs_folder', 'Run', 'find_run', 'begin']
+           'now', 'new_id', 'runs_folder', 'Run', 'find_run', 'changed_code', 'begin']
 
 # %% ../../nbs/core/06_runs.ipynb #c002
 import atexit, hashlib, json, math, os, platform, resource, subprocess, sys, time, uuid
@@ -282,6 +282,7 @@ def save(self:Run, state:dict, name:str='main'):
     save_state(new, dict(state=state, metrics_bytes=m.stat().st_size if m.exists() else 0))
     if path.exists(): os.replace(path, path.with_suffix('.previous'))
     os.replace(new, path)
+    self.tick()
 
 @patch
 def checkpoints(self:Run, name:str='main') -> list: # paths, newest first
@@ -310,12 +311,17 @@ def rewind(self:Run):
 
 # %% ../../nbs/core/06_runs.ipynb #c036
 @patch
+def tick(self:Run, **fields):
+    "Add the seconds since the last tick to the manifest, so that a killed run keeps them."
+    m, t = self.manifest, time.time()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform != 'darwin' else 2**20)
+    self.update(seconds=round(m['seconds'] + t - self.began, 1), peak_memory_mb=max(peak, m['peak_memory_mb'] or 0), **fields)
+    self.began = t
+
+@patch
 def close(self:Run, status:str, error:str=None):
     "Write how the run ended."
-    m = self.manifest
-    seconds = m['seconds'] + time.time() - self.began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform != 'darwin' else 2**20)
-    self.update(status=status, end=now(), error=error, seconds=round(seconds, 1), peak_memory_mb=max(peak, m['peak_memory_mb'] or 0))
+    self.tick(status=status, end=now(), error=error)
 
 @patch
 def write_summary(self:Run, summary:dict):
@@ -344,6 +350,11 @@ def _watch(run):
             run.close('interrupted' if isinstance(e, KeyboardInterrupt) else 'failed', f'{type(e).__name__}: {e}')
     shell.events.register('post_run_cell', after)
 
+def changed_code(run) -> list: # names
+    "The notebook and the modules whose code is not what the run began with."
+    old, new = run.manifest['code'], code_state(run.system)
+    return ['the notebook']*(old['notebook'] != new['notebook']) + [k for k, v in old['modules'].items() if new['modules'].get(k, v) != v]
+
 def begin(system:str, # notebook's stem
     cfg # the notebook's Config; its `run` names a run to take up
 ) -> tuple: # (run, the Config to use)
@@ -368,6 +379,8 @@ def begin(system:str, # notebook's stem
     else:
         run.resumed = True
         run.event('resume', f'taken up after status {run.status}')
+        other = changed_code(run)
+        if other: run.event('code', f"taken up with other code than it began with: {', '.join(other)}; it need not equal an uninterrupted run")
         run.rewind()
         run.update(status='running', process=_process(), end=None, error=None)
         _watch(run)
