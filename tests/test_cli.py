@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from puzzle_research.cli import join_params
-from puzzle_research.core.config import root
+from puzzle_research.core.config import notebook_of, root, system_of
 
 PUZZLE = Path(sys.executable).with_name('puzzle')
 
@@ -48,3 +48,9 @@ def test_join_params():
     assert join_params(['run', 'x', '-p', 'lr', '1e-3', '-p', 'seed=2']) == ['run', 'x', '-p', 'lr=1e-3', '-p', 'seed=2']
     assert join_params(['run', 'x', '-p', 'lr']) == ['run', 'x', '-p', 'lr']
     assert join_params(['run', 'x', '-p', 'shift', '-1']) == ['run', 'x', '-p', 'shift=-1']
+
+
+def test_a_notebook_in_a_folder_is_a_system_too():
+    for notebook, system in ((root()/'nbs'/'01_vision_puzzle.ipynb', '01_vision_puzzle'), (root()/'nbs'/'core'/'04_fit.ipynb', 'core_fit')):
+        assert system_of(notebook) == system and notebook_of(system) == notebook
+    assert system_of(Path('/elsewhere/04_mine.ipynb')) == '04_mine'
