@@ -5,7 +5,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from puzzle_research.core.config import from_text, nearest, notebook_parameters, root
+from puzzle_research.core.config import from_text, nearest, notebook_parameters, root, system_of
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help='Train, report and use the puzzle codecs and models. Notebooks in nbs/ are the source of truth.')
@@ -108,8 +108,9 @@ def run(notebook:Annotated[str, typer.Argument(help='Notebook path, or a system 
     if resume or values.get('run'): values['run'] = Run.open(resume or values['run']).id
     run_id = values.get('run') or new_id()
     if not values.get('run'): os.environ['PUZZLE_RUN_ID'] = run_id
-    run_dir = runs_folder()/path.stem/run_id
-    print(f'{path.stem}: run {run_id}', flush=True)
+    system = system_of(path)
+    run_dir = runs_folder()/system/run_id
+    print(f'{system}: run {run_id}', flush=True)
     with tempfile.TemporaryDirectory() as tmp:
         executed = Path(tmp)/'notebook.ipynb'
         error = _execute(path, executed, values, run_dir)
@@ -134,7 +135,7 @@ def runs(system:Annotated[Optional[str], typer.Argument(help='Only this system.'
          last:Annotated[int, typer.Option(help='How many, newest last.')] = 20):
     "List runs: id, status, recipe, budget, seed, seconds, and how each ended."
     from puzzle_research.core.runs import Run, runs_folder
-    dirs = sorted(runs_folder().glob(f"{_notebook(system).stem if system else '*'}/*/manifest.json"), key=lambda p: p.parent.name)
+    dirs = sorted(runs_folder().glob(f"{system_of(_notebook(system)) if system else '*'}/*/manifest.json"), key=lambda p: p.parent.name)
     if not dirs: print('no runs yet; start one with `puzzle run 01_vision_puzzle`')
     for p in dirs[-last:]:
         r = Run(p.parent); m = r.manifest

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from puzzle_research.cli import join_params
-from puzzle_research.core.config import root
+from puzzle_research.core.config import notebook_of, root, system_of
 from puzzle_research.core.runs import Run
 
 PUZZLE = Path(sys.executable).with_name('puzzle')
@@ -62,3 +62,9 @@ def test_ctrl_c_ends_the_run_truthfully(tmp_path):
     _, err = p.communicate(timeout=120)
     assert p.returncode == 130 and 'interrupted' in err and 'Traceback' not in err
     assert run.status == 'interrupted'
+
+
+def test_a_notebook_in_a_folder_is_a_system_too():
+    for notebook, system in ((root()/'nbs'/'01_vision_puzzle.ipynb', '01_vision_puzzle'), (root()/'nbs'/'core'/'04_fit.ipynb', 'core_fit')):
+        assert system_of(notebook) == system and notebook_of(system) == notebook
+    assert system_of(Path('/elsewhere/04_mine.ipynb')) == '04_mine'

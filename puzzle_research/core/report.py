@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 
-from .config import root
+from .config import notebook_of, root
 from .runs import read_json, read_jsonl, write_atomic, write_json
 
 # %% ../../nbs/core/07_report.ipynb #c008
@@ -229,12 +229,12 @@ def _events(s, most=8): # of each kind
     return rows and _table(['first at, UTC', 'seed', 'kind', 'event'], rows) + (f"\n\nNot shown: {', '.join(more)}." if more else '')
 
 # %% ../../nbs/core/07_report.ipynb #c026
-def command(system:str, # notebook's stem
+def command(system:str, # `system_of` its notebook
     config:dict, changed:dict # of the manifest
 ) -> str:
     "The `puzzle run` that repeats a run: recipe, budget and seed always, then all that differs from the defaults."
     named = {k: config[k] for k in ('recipe', 'budget', 'seed') if k in config} | {k: v for k, v in sorted((changed or {}).items()) if k != 'run'}
-    return ' '.join([f'puzzle run nbs/{system}.ipynb', *(f'-p {k} {shlex.quote(str(v))}' for k, v in named.items())])
+    return ' '.join([f'puzzle run {notebook_of(system).relative_to(root())}', *(f'-p {k} {shlex.quote(str(v))}' for k, v in named.items())])
 
 def _reproduce(s):
     r = s['runs'][0]; git = r['git'] or {}

@@ -14,7 +14,7 @@ from importlib.metadata import version, PackageNotFoundError
 from pathlib import Path
 
 from fastcore.basics import patch
-from .config import nearest, root
+from .config import nearest, notebook_of, root
 
 # %% ../../nbs/core/06_runs.ipynb #c007
 def write_atomic(path:Path, # final name
@@ -135,7 +135,7 @@ def notebook_hash(path:Path) -> str: # 16 hex digits
 
 def code_state(system:str) -> dict:
     "Hashes of the system's notebook and of the imported modules of this package."
-    nb = root()/'nbs'/f'{system}.ipynb'
+    nb = notebook_of(system)
     mods = {k: m.__file__ for k, m in sorted(sys.modules.items()) if k.startswith('puzzle_research') and getattr(m, '__file__', None)}
     return dict(notebook=notebook_hash(nb) if nb.exists() else None, modules={k: _sha(Path(f).read_bytes()) for k, f in mods.items()})
 
@@ -197,7 +197,7 @@ class Run:
     def update(self, **fields): write_json(self.dir/'manifest.json', self.manifest | fields)
 
 # %% ../../nbs/core/06_runs.ipynb #c028
-def _start(system:str, # notebook's stem, `01_vision_puzzle`
+def _start(system:str, # `system_of` its notebook: `01_vision_puzzle`, `lm_mugrokfast`
     cfg, # the notebook's Config
     parent:str=None # id of the run this one derives from
 ) -> Run:
