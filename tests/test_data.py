@@ -295,7 +295,11 @@ def test_ragged_items(lake):
     pq.write_table(pa.table({'text': texts}), lake/'wikitext-2-v1/test.parquet')
     ds = D.load('wikitext-2-v1', 'test', decoder=D.Decoder('utf8', lambda row: {'text': np.frombuffer(row['text'].encode(), np.uint8)}, ragged=('text',)))
     assert [bytes(ds.item(i)['text']).decode() for i in range(len(ds))] == texts
-    with pytest.raises(ValueError, match='wikitext-2-v1 has no decoder of its own: pass decoder='): D.load('wikitext-2-v1', 'test')
+    own = D.load('wikitext-2-v1', 'test')
+    assert [bytes(own.item(i)['text']).decode() for i in range(len(own))] == texts
+    (lake/'svamp').mkdir()
+    pq.write_table(pa.table({'text': texts}), lake/'svamp/test.parquet')
+    with pytest.raises(ValueError, match='svamp has no decoder of its own: pass decoder='): D.load('svamp', 'test')
 
 
 # finding
@@ -534,3 +538,16 @@ def test_cifar10_decodes_well_under_a_minute(monkeypatch, tmp_path):
     assert np.allclose(train.arrays['image'].mean((0, 2, 3))/255, (.4914, .4822, .4465), atol=5e-4)
     assert np.bincount(test.arrays['label']).max() == 1000
     assert elapsed(lambda: D.load('cifar10', 'train')) < 1
+
+
+def test_bundled_prose_is_what_the_tool_makes(tmp_path, monkeypatch):
+    import importlib.util
+    spec = importlib.util.spec_from_file_location('make_bundled_prose', root()/'tools/make_bundled_prose.py')
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    monkeypatch.setenv('PUZZLE_CACHE', str(tmp_path))
+    stored = {s: [bytes(ds.item(i)['text']).decode() for i in range(len(ds))] for s in ('train', 'validation', 'test') if (ds := D.load('bundled_prose', s))}
+    assert {s: len(rows) for s, rows in stored.items()} == D.SOURCES['bundled_prose'].splits
+    assert sum(len(set(rows)) for rows in stored.values()) == len(set().union(*stored.values()))    # no paragraph in two splits, none twice
+    if hashlib.sha256(Path(tool.source.__file__).read_bytes()).hexdigest() != tool.SHA256: pytest.skip('another Python: another reference')
+    assert tool.splits() == stored

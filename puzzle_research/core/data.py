@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'SOURCES', 'PHOTOS', 'BROKEN', 'DECODERS', 'Source', 'register', 'source', 'data_folders', 'find',
            'open_parquet', 'read_batches', 'cache_folder', 'sha256', 'expected_sha256', 'verified_sha256', 'Decoder',
-           'decode_image', 'listed_rows', 'NpyAppender', 'decode_split', 'Dataset', 'open_split', 'hub_problem',
-           'fetch', 'load', 'holdout', 'check']
+           'decode_image', 'decode_text', 'listed_rows', 'NpyAppender', 'decode_split', 'Dataset', 'open_split',
+           'hub_problem', 'fetch', 'load', 'holdout', 'check']
 
 # %% ../../nbs/core/01_data.ipynb #c002
 import contextlib
@@ -70,6 +70,8 @@ register(
     Source('bundled_photos', ('img', 'label'), {'train': 1471, 'test': 414}, 'public domain, CC0 and CC BY 2.0 (data/README.md)',
            'photographs that come with scikit-image and scikit-learn', item='img.path', bundled=True,
            how='made by tools/make_bundled_images.py'),
+    Source('bundled_prose', ('text',), {'train': 986, 'validation': 193, 'test': 74}, 'PSF-2.0 (data/README.md)',
+           'the language reference that comes inside Python', bundled=True, how='made by tools/make_bundled_prose.py'),
 )
 
 # %% ../../nbs/core/01_data.ipynb #c011
@@ -102,7 +104,7 @@ _QA, _TVT = ('id', 'question', 'choices', 'answerKey'), ('train', 'validation', 
 register(
     Source('wikitext-2-v1', ('text',), dict(zip(_TVT, (36718, 3760, 4358))), 'CC BY-SA', 'Merity et al. 2016, arXiv:1609.07843',
            hub='Salesforce/wikitext', config='wikitext-2-v1',
-           note='tokenised, with <unk>; not wikitext-2-raw-v1, say which'),
+           note='tokenised, with <unk>; not wikitext-2-raw-v1, say which', stand_in='bundled_prose'),
     Source('gsm8k', ('question', 'answer'), {'train': 7473, 'test': 1319}, 'MIT', 'Cobbe et al. 2021, arXiv:2110.14168', hub='openai/gsm8k', config='main'),
     Source('svamp', ('ID', 'Type', 'Body', 'Question', 'Equation', 'Answer', 'question_concat'), {'train': 700, 'test': 300}, 'MIT',
            'Patel et al. 2021, arXiv:2103.07191', hub='ChilleD/SVAMP', item='ID',
@@ -306,6 +308,15 @@ def decode_image(row:dict, # {'img': {'bytes', 'path'}, 'label'}
 
 DECODERS = {'cifar10': Decoder('image', decode_image, options={'size': 32, 'classes': 10}),
             'bundled_photos': Decoder('image', decode_image, options={'size': 32, 'classes': len(PHOTOS)})}
+
+# %% ../../nbs/core/01_data.ipynb #c044b
+def decode_text(row:dict, # {'text'}
+                ) -> dict:
+    "text uint8 (n,): the UTF-8 bytes of a row, empty ones too; ValueError for a row that holds no text."
+    if not isinstance(row['text'], str): raise ValueError(f"text is {type(row['text']).__name__}; expected a string")
+    return {'text': np.frombuffer(row['text'].encode(), np.uint8)}
+
+DECODERS |= dict.fromkeys(('wikitext-2-v1', 'bundled_prose'), Decoder('text', decode_text, ragged=('text',)))
 
 # %% ../../nbs/core/01_data.ipynb #c046
 _OTHER_COPY = 'the list belongs to another copy; remove it or get the matching file'
