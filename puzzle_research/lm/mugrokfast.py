@@ -29,19 +29,19 @@ seed:int = 0 # of the weights, of the split and of the batches; the rates are tu
 device:str = 'cpu' # of training
 run:str = '' # a run to take up: resumed where it stopped, only analysed again where it had finished
 prime:int = None # numbers are added modulo this prime
-train_share:float = 0.5 # of all pairs; the others are validation
+train_share:float = 0.3 # of all pairs; the others are validation
 batch_size:int = None # pairs a step
 max_steps:int = None # after which a leg is given up
 weight_decay:float = 1.0 # of every optimizer, decoupled
-lamb:float = 2.0 # weight of the slow gradient, Grokfast's lambda
+lamb:float = 0.5 # weight of the slow gradient, Grokfast's lambda (the paper's 2 is slower here, see the log)
 alpha:float = 0.98 # memory of the slow gradient
 qk_clip:float = 30.0 # largest attention logit that MuGrokfast leaves alone
 
 # %% ../../nbs/lm/04_mugrokfast.ipynb #c006
 PRESETS = {
     'test': dict(prime=7, batch_size=24, max_steps=20),
-    'quick': dict(prime=53, batch_size=512, max_steps=600),
-    'full': dict(prime=97, batch_size=512, max_steps=4000),
+    'quick': dict(prime=53, batch_size=256, max_steps=600),
+    'full': dict(prime=97, batch_size=256, max_steps=4000),
 }
 BOUNDS = dict(seed=(0, 2**31 - 1), prime=(5, 997), train_share=(.1, .9), batch_size=(1, None), max_steps=(10, None), weight_decay=(0, None), lamb=(0, None), alpha=(0, 1), qk_clip=(0.1, None))
 Config = parameters(globals(), presets=PRESETS, bounds=BOUNDS, choices=dict(recipe=('best',)))
@@ -95,7 +95,9 @@ def clip_qk(attention:nn.Module, tau:float) -> Tensor: # the largest logits note
     if dist.is_available() and dist.is_initialized(): dist.all_reduce(attention.max_logit, dist.ReduceOp.MAX)
     noted = attention.max_logit.clone(); attention.max_logit.zero_()
     scale = (tau/noted.clamp(min=tau)).sqrt()
-    for w in (attention.wq.weight, attention.wk.weight): w.view(attention.n_heads, -1, w.shape[1]).mul_(scale[:, None, None])
+    for w in (attention.wq, attention.wk):
+        for p in (w.weight, w.bias):
+            if p is not None: p.view(attention.n_heads, -1).mul_(scale[:, None])
     return noted
 
 # %% ../../nbs/lm/04_mugrokfast.ipynb #c031
@@ -331,7 +333,7 @@ def evaluate(cfg, run) -> dict: # summary
 
 def summarise(cfg, metrics, race, steps):
     strong = lambda me: {f"{'ours' if r != 'adamw' else 'strong'}: {LABELS[r]}": steps[r] for r in RACERS if r != me}
-    bars = [('must', 'ratio_to_muon', '<=', 1.), ('aim', 'ratio_to_muon', '<=', .9), ('moonshot', 'ratio_to_muon', '<=', .83), ('moonshot', 'speedup_over_adamw', '>=', 50.)]
+    bars = [('must', 'best_valid_accuracy', '>=', .99), ('must', 'ratio_to_muon', '<=', 1.), ('aim', 'ratio_to_muon', '<=', .9), ('moonshot', 'ratio_to_muon', '<=', .83), ('moonshot', 'speedup_over_adamw', '>=', 50.)]
     lost = [LABELS[r] for r in RACERS if not race[r]['reached']]
     notes = [f'Addition modulo {cfg.prime}, {cfg.train_share:.0%} of all pairs for training; no test split is needed, since nothing but the number of steps is read off.',
              'Rates are tuned for each optimizer on a seed of its own (other weights, another split): ' + ', '.join(f'{r:g}' for r in sorted(RATES)) + '.']
