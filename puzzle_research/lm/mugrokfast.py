@@ -24,7 +24,7 @@ from ..core.runs import begin, load_state, save_state
 
 # %% ../../nbs/lm/04_mugrokfast.ipynb #c005
 recipe:str = 'best' # the race has one recipe
-budget:str = 'quick' # test: seconds; quick: one small prime, under two minutes; full: p = 97
+budget:str = 'quick' # test: seconds; quick: a smaller prime, a minute or two; full: modulo 97
 seed:int = 0 # of the weights, of the split and of the batches; the rates are tuned on seed + 1000
 device:str = 'cpu' # of training
 run:str = '' # a run to take up: resumed where it stopped, only analysed again where it had finished
@@ -199,7 +199,7 @@ def step(self:MuGrokfast, closure=None):
     if closure is not None:
         with torch.enable_grad(): loss = closure()
     for g in self.param_groups: (self._muon if g['kind'] == 'muon' else self._adamw)(g)
-    if self.attentions: self.max_logit = torch.stack([clip_qk(a, self.qk_clip) for a in self.attentions]).max()
+    if self.attentions: self.max_logit = torch.cat([clip_qk(a, self.qk_clip) for a in self.attentions]).max()
     return loss
 
 # %% ../../nbs/lm/04_mugrokfast.ipynb #c052

@@ -162,14 +162,14 @@ def loss(self:RecursiveLM,
 
 @patch
 def _ponder(self:RecursiveLM, halt, each, real, price, metrics):
-    p, need = halting(halt); n = real.sum().clamp(min=1)
+    p, need = halting(halt); n, mask = real.sum().clamp(min=1), real
     cycles = (p*torch.arange(p.shape[-1], device=p.device)).sum(-1)
     with torch.no_grad():
         at = halting_cycle(need, self.halt_threshold)[real].float()
-        if not len(at): at = need.new_zeros(1)
+        if not len(at): at, halt, real = need.new_zeros(1), need.new_zeros(1, 1), torch.ones(1, dtype=torch.bool, device=at.device)
         metrics |= dict(halting_cycles=at.mean(), halting_cycles_min=at.min(), halting_cycles_max=at.max(), halting_cycles_variance=at.var(unbiased=False),
-                        halt_prob_mean=halt[real].mean(), halt_prob_std=halt[real].std(unbiased=False), expected_cycles=(cycles*real).sum()/n)
-    return (((p*each).sum(-1) + price*cycles)*real).sum()/n
+                        halt_prob_mean=halt[real].mean(), halt_prob_std=halt[real].std(unbiased=False), expected_cycles=(cycles*mask).sum()/n)
+    return (((p*each).sum(-1) + price*cycles)*mask).sum()/n
 
 # %% ../../nbs/lm/03_trm.ipynb #c030
 @patch
