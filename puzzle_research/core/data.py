@@ -388,6 +388,7 @@ def listed_rows(path:Path, # Parquet file of the split
 # %% ../../nbs/core/01_data.ipynb #c055
 def _try_row(i:int, row:dict, name:str, decoder:Decoder, listed:dict):
     "(arrays, None), or (None, what was dropped and why)."
+    if isinstance(row, Exception): return None, {'row': i, 'item': name, 'kind': 'broken', 'why': f'text that is not UTF-8: {row}'}
     entry = listed.get(i)
     if entry:
         if entry.get('path', name) != name:
@@ -451,6 +452,15 @@ def _say(name, split, before:int, now:int, total:int) -> None:
     "Where there is no terminal for a bar: a plain line for each quarter of a long decoding."
     if total >= 5000 and 4*before//total != 4*now//total: print(f'decode {name}/{split}: {now:,} of {total:,} items', flush=True)
 
+def _rows(batch) -> list:
+    "Rows of a record batch; the error in place of one whose text is not UTF-8."
+    try: return batch.to_pylist()
+    except UnicodeDecodeError: pass
+    def one(k):
+        try: return batch.slice(k, 1).to_pylist()[0]
+        except UnicodeDecodeError as e: return e
+    return [one(k) for k in range(batch.num_rows)]
+
 def _fill(aside:Path, path:Path, name:str, split:str, decoder:Decoder, progress) -> dict:
     "Decode every row into `aside`; return the entry's description."
     from tqdm import tqdm
@@ -462,7 +472,7 @@ def _fill(aside:Path, path:Path, name:str, split:str, decoder:Decoder, progress)
     i = 0
     with tqdm(total=total, desc=f'decode {name}/{split}', unit=' items', disable=None if progress is None else not progress) as bar:
         for batch in read_batches(f, path, name, columns):
-            rows = batch.to_pylist()
+            rows = _rows(batch)
             tried = [(i+k, *_try_row(i+k, r, _item_name(r, source(name).item), decoder, listed)) for k, r in enumerate(rows)]
             dropped += [d for _, _, d in tried if d]
             out.append([a for _, a, d in tried if not d])
