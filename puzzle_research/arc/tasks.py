@@ -181,9 +181,9 @@ def decode_rearc(row) -> dict:
     "All grids of a task, input and output in turn: their cells and sizes."
     grids = [as_grid(p[side], f"{row['task_id']} {side} {i}") for i, p in enumerate(row['train']) for side in ('input', 'output')]
     if not grids: raise ValueError('no examples')
-    return dict(cells=np.concatenate([g.ravel() for g in grids]), dims=np.array([g.shape for g in grids], np.int16))
+    return dict(cells=np.concatenate([g.ravel() for g in grids]), dims=np.array([g.shape for g in grids], np.int16), id=np.int64(int(row['task_id'], 16)))
 
-REARC = Decoder('rearc', decode_rearc, columns=('task_id', 'train'), ragged=('cells', 'dims'))
+REARC = Decoder('rearc', decode_rearc, 2, columns=('task_id', 'train'), ragged=('cells', 'dims'))
 
 def rearc_tasks(data:str='auto' # auto: empty where the file is not found; real: an error there; bundled: empty
 ) -> tuple: # (list of Task, Dataset or None)
@@ -198,7 +198,8 @@ def _rearc(path):
     found = load('re-arc', 'train', decoder=REARC)
     tasks, dropped = [], list(found.dropped)
     for i in range(len(found)):
-        t = Task(f're-arc {i}', _pairs(**found.item(i)), 0, 're-arc/train')
+        item = found.item(i)
+        t = Task(f"{int(item['id']):08x}", _pairs(item['cells'], item['dims']), 0, 're-arc/train')
         bad = same_puzzles([replace(t, id=f'{t.id} {j}', pairs=(p,)) for j, p in enumerate(t.pairs)], test_tasks())
         dropped += [dict(row=i, item=t.id, kind='overlap', why=why) for why in bad.values()]
         tasks.append(replace(t, pairs=tuple(p for j, p in enumerate(t.pairs) if j not in bad)))
