@@ -9,8 +9,8 @@ __all__ = ['PRESETS', 'CHOICES', 'BOUNDS', 'Config', 'KEYS', 'REGULARIZERS', 'VA
            'quantizer_of', 'Relation', 'RelationalEncoder', 'word_features', 'WordEncoder', 'Pool', 'relations',
            'shifted', 'published_head', 'normed_head', 'JEPA', 'build', 'flat_grids', 'with_views', 'embeddings',
            'retrieval', 'calibrated', 'test_set', 'first_of_each', 'overlap', 'score_retrieval', 'without_network',
-           'Refresh', 'Follow', 'refresh_steps', 'monitor', 'valid_set', 'check_up', 'gradients', 'trainer', 'train',
-           'trained', 'narrow', 'short_training', 'compare', 'show_collapse', 'draw_collapse', 'grid_vectors',
+           'Refresh', 'Follow', 'refresh_steps', 'Plateau', 'monitor', 'valid_set', 'check_up', 'gradients', 'trainer',
+           'train', 'trained', 'narrow', 'short_training', 'compare', 'show_collapse', 'draw_collapse', 'grid_vectors',
            'attributes', 'ridge', 'probes', 'primitive_probe', 'metric', 'measure', 'retrieval_metrics', 'code_metrics',
            'paces', 'criteria', 'evaluate', 'against_twin', 'summarise', 'notes', 'export_codes', 'draw_training',
            'draw_gradients', 'draw_comparison', 'coded_objects', 'draw_vocabulary', 'draw_code_use', 'draw_neighbours',
@@ -86,16 +86,16 @@ abort_after:int = 15 # epoch from which a usage below alert_usage ends the run
 abort_rank_context:float = 2. # a context rank below ends the run
 abort_rank_target:float = 4. # a target rank below ends the run
 abort_spike:float = 2. # a validation loss so far above the best ends the run, nats
-abort_plateau:int = 20 # so many epochs without a better validation loss end the run; 0: early stopping alone decides
+abort_plateau:int = 20 # so many epochs without a gain end a run that early stopping (patience) has not ended; 0: never
 
 # %% ../nbs/04_jepa_vq.ipynb #c006
 PRESETS = {
     'seed': dict(width=384, rate=5e-5, warmup=.69, refresh_interval=3000, refresh_usage=.1, pooling='mean', target='ema', regularizer='sigreg', regularizer_weight=.1, relational_weight=.025,
                  invariance=1., queue=8192, temperature_min=.05, temperature_max=.20, accumulate=2, batch_size=512, twin=False, compare_seeds=0),
-    'best': dict(width=128, rate=2e-3, warmup=.06, refresh_interval=0, refresh_usage=.3, pooling='transformer', target='shared', regularizer='vicreg', regularizer_weight=1., relational_weight=0.,
+    'best': dict(width=128, rate=3e-3, warmup=.06, refresh_interval=0, refresh_usage=.3, pooling='transformer', target='shared', regularizer='vicreg', regularizer_weight=5., relational_weight=0.,
                  invariance=0., queue=0, temperature_min=.02, temperature_max=.20, accumulate=1, batch_size=256),
     'test': dict(generated=80, batch_size=32, accumulate=1, epochs=2, epoch_steps=2, candidates=200, invariance_share=.25, twin=False, compare_seeds=1, compare_steps=3),
-    'quick': dict(generated=3000, epochs=6, epoch_steps=25, candidates=2000, invariance_share=.125, twin=False, compare_seeds=2, compare_steps=30),
+    'quick': dict(generated=3000, epochs=6, epoch_steps=25, candidates=8704, invariance_share=.125, twin=False, compare_seeds=2, compare_steps=20),
     'small': dict(generated=20_000, epochs=20, epoch_steps=60, candidates=8704, invariance_share=.125, twin=True, compare_seeds=3, compare_steps=100),
     'full': dict(generated=50_000, epochs=30, epoch_steps=48, candidates=8704, invariance_share=1., twin=True, compare_seeds=3, compare_steps=1440),
     ('seed', 'test'): dict(width=48, queue=64, compare_seeds=0, batch_size=16, accumulate=1), ('seed', 'quick'): dict(batch_size=32, accumulate=1, epochs=4, epoch_steps=10, compare_seeds=0),
@@ -548,13 +548,18 @@ class Follow(Callback):
 def refresh_steps(cfg, steps): return max(1, round(steps*cfg.refresh_interval/19_950))
 
 # %% ../nbs/04_jepa_vq.ipynb #c088
+class Plateau(Rule):
+    "Ends a run that early stopping has not ended before."
+    def after_eval(self, t, metrics):
+        if not t.stopped: super().after_eval(t, metrics)
+
 def monitor(cfg) -> list: # of Rule
     "The published monitoring plan, as rules on the validation metrics."
     alert = lambda metric, test, bound=0., **k: Rule(metric, test, bound, **k)
     abort = lambda metric, test, bound=0., **k: Rule(metric, test, bound, action='abort', **k)
     rules = [alert('effective_rank_context', 'below', cfg.alert_rank_context), alert('effective_rank_target', 'below', cfg.alert_rank_target), alert('loss', 'rises', patience=cfg.alert_rising),
              abort('effective_rank_context', 'below', cfg.abort_rank_context), abort('effective_rank_target', 'below', cfg.abort_rank_target), abort('loss', 'jumps', cfg.abort_spike)]
-    if cfg.abort_plateau: rules.append(abort('loss', 'stalls', patience=cfg.abort_plateau))
+    if cfg.abort_plateau: rules.append(Plateau('loss', 'stalls', cfg.min_delta, cfg.abort_plateau, action='abort'))
     if cfg.quantizer != 'none': rules += [alert('usage', 'below', cfg.alert_usage), abort('usage', 'below', cfg.alert_usage, after=cfg.abort_after*cfg.epoch_steps)]
     return rules
 
@@ -592,8 +597,8 @@ def trainer(cfg, items, run=None, name='main', steps=None, watch=True) -> Traine
     model = build(cfg)
     if cfg.recipe == 'seed': optimizer, schedule, clip = torch.optim.Adam(model.parameters(), cfg.rate, weight_decay=1e-6), warmup_cosine(cfg.warmup, .1), .5
     else: optimizer, schedule, clip = torch.optim.AdamW(model.parameters(), cfg.rate, weight_decay=.01), warmup_cosine(cfg.warmup), 1.
-    call = [Progress()]*watch + [Refresh(refresh_steps(cfg, steps), cfg.refresh_usage), Follow(), Evaluate(check_up(cfg, items), cfg.epoch_steps if watch else max(1, steps//6))]
-    if watch: call += [*monitor(cfg), Best('loss', patience=cfg.patience, min_delta=cfg.min_delta)]
+    call = [Progress()]*watch + [Refresh(refresh_steps(cfg, steps), cfg.refresh_usage), Follow(), Evaluate(check_up(cfg, items), cfg.epoch_steps if watch else max(1, steps//6 if steps >= 12 else steps))]
+    if watch: call += [Best('loss', patience=cfg.patience, min_delta=cfg.min_delta), *monitor(cfg)]
     return Trainer(model, lambda m, batch, t: m(batch), batches(items.train, cfg), optimizer, schedule, clip=clip, precision=cfg.precision, accumulate=cfg.accumulate, device=pick_device(cfg.device),
                    callbacks=call, run=run, name=name, log_every=max(1, min(20, steps//10)))
 
@@ -868,7 +873,7 @@ def draw_vocabulary(objects, codes, rows:int=10, across:int=12):
     "Objects of the test grids that share a code, for codes spread from the most used to the seldom."
     use = codes[codes >= 0].bincount(); often = use.argsort(descending=True)[:int((use >= across).sum())]
     chosen = often[torch.linspace(0, max(0, len(often) - 1), rows).long()] if len(often) else often
-    fig, axes = plt.subplots(rows, across, figsize=(across*.55, rows*.62), layout='constrained', squeeze=False)
+    fig, axes = plt.subplots(rows, across, figsize=(across*.55, rows*.6), layout='none', squeeze=False, gridspec_kw=dict(left=.08, right=1, top=1, bottom=0, wspace=.15, hspace=.15))
     for ax in axes.flat: ax.axis('off')
     for ax, c in zip(axes, chosen.tolist()):
         where = (codes == c).nonzero(); where = where[torch.linspace(0, len(where) - 1, across).long()]
