@@ -157,6 +157,54 @@ def show(run:Annotated[str, typer.Argument(help='A run id, or the start of one.'
     print(f'\nfolder  {os.path.relpath(r.dir)}')
 
 
+_WATCHED = ('loss', 'i_nce', 'usage', 'codebook_perplexity', 'effective_rank_context', 'effective_rank_target', 'temperature')
+
+def _spark(values, width=24):
+    "Numbers as a line of blocks, the last `width` of them."
+    v = [x for x in values[-width:] if isinstance(x, (int, float))]
+    low, high = min(v, default=0), max(v, default=0)
+    return ''.join('▁▂▃▄▅▆▇█'[int(7*(x - low)/(high - low)) if high > low else 3] for x in v)
+
+
+def _live(r) -> str:
+    "The state of a run as text: from its files alone, so also of a run on another machine whose folder is shared."
+    import json
+    m, rows, at = r.manifest, r.metrics, r.dir/'progress.json'
+    try: p = json.loads(at.read_text()); where = f"{p['stage']} {p['step']}/{p['steps']}, loss {float(p['loss']):.4g}"
+    except (OSError, ValueError, KeyError): where = 'no step yet'
+    out = [f"{r.system}/{r.id}  {r.status}  recipe {m['recipe']}, budget {m['budget']}, seed {m['seed']}, since {m['start'][:19].replace('T', ' ')} UTC", where]
+    for stage in dict.fromkeys(x.get('stage', '') for x in rows):
+        for split in ('train', 'valid'):
+            part = [x for x in rows if x.get('stage', '') == stage and x['split'] == split]
+            if not part: continue
+            numbers = [k for k, v in part[-1].items() if k not in ('step', 'epoch', 'stage', 'split', 'lr') and isinstance(v, (int, float))]
+            shown = [k for k in _WATCHED if k in numbers] or numbers[:8]
+            out += ['', f"{stage} {split}, {len(part)} measured, last at step {part[-1]['step']}"]
+            out += [f"  {k:24} {part[-1][k]:>10.4g}  {_spark([x.get(k) for x in part])}" for k in shown]
+    events = [e for e in r.events if e['kind'] in ('alert', 'abort', 'stop', 'warning', 'resume')]
+    out += ['', f"{sum(e['kind'] == 'alert' for e in events)} alerts"] + [f"  {e['time'][:19].replace('T', ' ')} {e['kind']}: {e['message']}" for e in events[-8:]]
+    return '\n'.join(out + ([f"error {m['error']}"] if m['error'] else []))
+
+
+@app.command()
+def watch(run:Annotated[str, typer.Argument(help='A run id, the start of one, or the folder of a run.')],
+          every:Annotated[float, typer.Option(help='Seconds between two looks.', min=.2)] = 2.,
+          once:Annotated[bool, typer.Option('--once', help='Show the state once and return.')] = False):
+    """Show the live state of a run: losses, codes in use, ranks, alerts. Ctrl-C ends the watching, not the run.
+
+    Reads the files of the run only: it may run elsewhere, started by papermill, JupyterLab or another `puzzle run`.
+    """
+    from puzzle_research.core.runs import Run
+    r = Run.open(run)
+    while True:
+        text = _live(r)
+        if sys.stdout.isatty() and not once: print('\033[H\033[2J', end='')
+        print(text, flush=True)
+        if once or r.status != 'running': return
+        try: time.sleep(every)
+        except KeyboardInterrupt: return
+
+
 @app.command()
 def publish(run:Annotated[list[str], typer.Argument(help='One run, or several that differ only in their seed.')]):
     "Copy the summary, figures and report of finished runs into reports/ and figures/, and renew the board."
