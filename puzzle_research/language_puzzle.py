@@ -512,7 +512,7 @@ def in_order(lexicon, texts): # windows of equal length -> what WordModel.forwar
 
 def word_loss(model, batch, t): return model(*batch).mean(), {}
 
-# %% ../nbs/03_language_puzzle.ipynb #c075
+# %% ../nbs/03_language_puzzle.ipynb #c078
 def table(f, n): # -> float64 (n,): f of 0 .. n-1, a Decimal function, rounded to integers
     with localcontext() as c:
         c.prec = 30
@@ -532,7 +532,7 @@ def falling(scores): # (B, n) -> positive integers in proportion to exp(score), 
 
 def parts(numerator, denominator): return torch.floor(numerator/denominator.clamp(min=1)*ONE) # share of ONE, down to an integer
 
-# %% ../nbs/03_language_puzzle.ipynb #c077
+# %% ../nbs/03_language_puzzle.ipynb #c080
 class ExactModel:
     "A WordModel in fixed point carried by float64."
     def __init__(self, model):
@@ -563,7 +563,7 @@ class ExactModel:
         score = torch.cat([h, snap(features, 12)], 1) @ self.gates + self.gate_bias
         return torch.take(GATE, ((score.clamp(-REACH, REACH) + REACH)*COARSE).round().long())
 
-# %% ../nbs/03_language_puzzle.ipynb #c080
+# %% ../nbs/03_language_puzzle.ipynb #c083
 class Lanes:
     "What encoder and decoder both know of texts under way."
     def __init__(self, exact, n:int):
@@ -586,7 +586,7 @@ class Lanes:
         freq[:, 0] += TOTAL - freq.sum(1)
         return freq
 
-# %% ../nbs/03_language_puzzle.ipynb #c081
+# %% ../nbs/03_language_puzzle.ipynb #c084
 @patch
 def advance(self:Lanes, symbol): # int64 (n,)
     e, space = self.exact, symbol == self.exact.lexicon.space
@@ -600,7 +600,7 @@ def advance(self:Lanes, symbol): # int64 (n,)
     starts = F.pad(self.history[:, :-1] == e.lexicon.space, (1, 0))
     self.match = torch.where(space[:, None], starts, goes_on)
 
-# %% ../nbs/03_language_puzzle.ipynb #c085
+# %% ../nbs/03_language_puzzle.ipynb #c088
 KIND_TOTAL, KIND_STARTS, KIND_SIZES = 1000, np.array([0, 900, 995]), np.array([900, 95, 5])      # 128 characters; other lengths; raw
 LONGEST, SCALARS = 10_000, 0x110000 - 2048          # lengths are below; code points that are characters
 HIGH, LOW = 1088, 1024                              # an escaped code point as two symbols
@@ -614,7 +614,7 @@ def take(decoder, go, total): # evenly likely numbers; 0 where a lane has ended
     decoder.skip(value, np.where(go, 1, total), total)
     return value
 
-# %% ../nbs/03_language_puzzle.ipynb #c086
+# %% ../nbs/03_language_puzzle.ipynb #c089
 def to_texts(points, lengths): # int (B, n) code points -> list of str
     return [row[:n].astype('<u4').tobytes().decode('utf-32-le') for row, n in zip(points, lengths)]
 
@@ -640,7 +640,7 @@ def padded(rows): # arrays -> (B, n) int64, lengths (B,)
     for o, r in zip(out, rows): o[:len(r)] = r
     return out, lengths
 
-# %% ../nbs/03_language_puzzle.ipynb #c087
+# %% ../nbs/03_language_puzzle.ipynb #c090
 def write_modelled(exact, texts): # -> digits, used: CELLS + 1 where more are needed
     points, lengths = padded([code_points(t) for t in texts])
     symbols = torch.from_numpy(exact.lexicon.lookup[points]).long()
@@ -659,7 +659,7 @@ def write_modelled(exact, texts): # -> digits, used: CELLS + 1 where more are ne
     digits, used = coder.finish()
     return digits, np.where(over, CELLS + 1, used)
 
-# %% ../nbs/03_language_puzzle.ipynb #c088
+# %% ../nbs/03_language_puzzle.ipynb #c091
 def read_modelled(exact, decoder, lengths): # -> code points (B, n)
     lanes, row = Lanes(exact, len(lengths)), np.arange(len(lengths))
     alphabet, out = np.append([0], code_points(exact.lexicon.alphabet)).astype(np.int64), np.zeros((len(lengths), lengths.max(initial=0)), np.int64)
@@ -680,7 +680,7 @@ def read_raw(decoder, lengths):
     for t in range(out.shape[1]): out[:, t] = with_surrogates(take(decoder, t < lengths, SCALARS))
     return out
 
-# %% ../nbs/03_language_puzzle.ipynb #c090
+# %% ../nbs/03_language_puzzle.ipynb #c093
 def check_texts(texts): # -> list of str
     "Raises TypeError or ValueError naming the item for anything that is not text."
     if isinstance(texts, str): raise TypeError('encode takes a list of texts, got one str; one text is a batch of one: [text]')
@@ -711,7 +711,7 @@ class LanguagePuzzle(nn.Module):
             if len(rows): keep(rows, *write_raw([texts[r] for r in rows]))
         return digits, used
 
-# %% ../nbs/03_language_puzzle.ipynb #c091
+# %% ../nbs/03_language_puzzle.ipynb #c094
 @patch
 @torch.no_grad()
 def encode(self:LanguagePuzzle, texts): # list of str -> uint8 (B, 30, 30)
@@ -747,7 +747,7 @@ def cells_used(puzzles): # -> int64 (B,)
 
 LanguagePuzzle.cells_used = staticmethod(cells_used)
 
-# %% ../nbs/03_language_puzzle.ipynb #c095
+# %% ../nbs/03_language_puzzle.ipynb #c098
 class CellsVQ(nn.Module):
     "A convolutional VQ-VAE of 128 symbols with `codes` independent cells for each."
     def __init__(self, symbols:int, codes:int, width:int=64, dim:int=4):
@@ -774,7 +774,7 @@ def cells_loss(model, x, t):
     loss = F.cross_entropy(logits.flatten(0, 1), x.flatten())
     return loss + q.loss, dict(reconstruction=loss)
 
-# %% ../nbs/03_language_puzzle.ipynb #c098
+# %% ../nbs/03_language_puzzle.ipynb #c101
 LIMIT = 76_896
 PUBLISHED = dict(seed=PublishedSmall, best=PublishedSmall, seed_large=PublishedLarge)
 
@@ -791,7 +791,7 @@ def strided(tokens, texts, stride:int=64, least:int=32): # tokens of a text -> u
 
 def as_long(batch, generator): return batch[0].long()
 
-# %% ../nbs/03_language_puzzle.ipynb #c099
+# %% ../nbs/03_language_puzzle.ipynb #c102
 def train_published(cfg, run, text): # -> Trainer
     "Adam, no schedule, as published."
     torch.manual_seed(cfg.seed)
@@ -827,7 +827,7 @@ def train_cells(cfg, run, text, lexicon, codes): # -> Trainer
                 run=run, name=f'cells{codes}', log_every=often(cfg.cells_steps, 50), callbacks=[Progress()])
     return t.fit(cfg.cells_steps)
 
-# %% ../nbs/03_language_puzzle.ipynb #c100
+# %% ../nbs/03_language_puzzle.ipynb #c103
 RATES = (2, 7)  # codes a character of the plain quantisers
 
 def train(cfg, run):
@@ -846,7 +846,7 @@ def train(cfg, run):
         t = train_cells(cfg, run, text, load_codec(run.dir/'codec.safetensors').model.lexicon, codes)
         save_state(run.dir/f'cells{codes}.safetensors', dict(weights=t.module.cpu().state_dict(), seconds=t.seconds))
 
-# %% ../nbs/03_language_puzzle.ipynb #c102
+# %% ../nbs/03_language_puzzle.ipynb #c105
 @patch
 def save(self:LanguagePuzzle, path):
     "Everything that decoding needs, in one safetensors file."
@@ -867,7 +867,7 @@ def load_codec(path=None): # -> LanguagePuzzle
 
 LanguagePuzzle.from_pretrained = staticmethod(load_codec)
 
-# %% ../nbs/03_language_puzzle.ipynb #c105
+# %% ../nbs/03_language_puzzle.ipynb #c108
 def through_digits(codec, texts): # -> puzzles, decoded texts, seconds to encode, seconds to decode
     start = time.perf_counter()
     puzzles = codec.encode(texts)
@@ -885,7 +885,7 @@ def published_codec(run, cfg):
 def right(decoded, original): # share of the characters in place, spaces and all; list of str
     return float(np.mean([sum(a == b for a, b in zip(d.ljust(len(o), '\0'), o))/max(1, len(o)) for d, o in zip(decoded, original)]))
 
-# %% ../nbs/03_language_puzzle.ipynb #c107
+# %% ../nbs/03_language_puzzle.ipynb #c110
 def from_cells(codec, texts, cells:int=30): # -> list of str
     "Decoded from the first `cells` cells alone, the others wiped."
     digits = to_digits(codec.encode(texts)).clone(); digits[:, cells:] = 0
@@ -902,7 +902,7 @@ def published_reading(model, texts): # -> list of str
     offset = 32 if isinstance(model, PublishedSmall) else 0
     return [''.join(chr(c + offset) for c in row) for row in best.tolist()]
 
-# %% ../nbs/03_language_puzzle.ipynb #c110
+# %% ../nbs/03_language_puzzle.ipynb #c113
 def legacy_metrics(model, text):
     "The published metrics by their own definition, on validation windows."
     torch.manual_seed(0)
@@ -928,7 +928,7 @@ def codec_metrics(codec, texts, puzzles, decoded, seconds):
                         learned_numbers=metric(learned_numbers(codec.model), 'weights, letters, classes', 'min', n), encode_rate=rate(seconds[0], 'characters', WINDOW), decode_rate=rate(seconds[1], 'characters', WINDOW),
                         encode_windows=rate(seconds[0], 'windows', 1), decode_windows=rate(seconds[1], 'windows', 1))
 
-# %% ../nbs/03_language_puzzle.ipynb #c112
+# %% ../nbs/03_language_puzzle.ipynb #c115
 @torch.no_grad()
 def digits_along(codec, texts): # of one length -> information of each character in digits (B, n)
     exact, symbols, out = ExactModel(codec.model), torch.from_numpy(np.stack([codec.model.lexicon.ids(t) for t in texts])).long(), []
@@ -947,7 +947,7 @@ def longest(codec, running, n:int=20, most:int=2600): # -> characters of each of
     assert codec.decode(codec.encode(fits)) == fits
     return np.array(lengths), along
 
-# %% ../nbs/03_language_puzzle.ipynb #c114
+# %% ../nbs/03_language_puzzle.ipynb #c117
 class FirstBetter(Callback):
     "Stop as soon as thirty cells tell `target` % of the characters; `seconds` is training time so far."
     def __init__(self, codec, texts, target, at=(2, 5, 10, 20, 40, 80, 160, 320)):
@@ -972,7 +972,7 @@ def race(cfg, text, published, seconds, n:int=100) -> dict:
     t.fit(320)
     return dict(seconds=setup + watch.seconds, published_seconds=seconds, ratio=seconds/(setup + watch.seconds), reached=t.stopped, target=target, trail=watch.trail)
 
-# %% ../nbs/03_language_puzzle.ipynb #c116
+# %% ../nbs/03_language_puzzle.ipynb #c119
 def baseline_cells(cfg, text, lexicon): # -> label -> cells of each test window, information only for the n-grams, whole bytes for the others; entries of the n-gram table
     ids, test = lexicon.ids(text.train), np.stack([lexicon.ids(w) for w in text.test])
     grams = NGrams(ids, cfg.ngram_order, lexicon.symbols)
@@ -992,7 +992,7 @@ def cells_results(run, cfg, text, lexicon): # plain quantisers: codes -> cells, 
         out[codes] = dict(cells=128*codes, characters=100*same.float().mean().item(), windows=100*same.all(1).float().mean().item(), numbers=count_parameters(model))
     return out
 
-# %% ../nbs/03_language_puzzle.ipynb #c117
+# %% ../nbs/03_language_puzzle.ipynb #c120
 BARS = [('must', 'exact_windows_900', '==', 100.), ('must', 'learned_numbers', '<=', LIMIT), ('must', 'speedup_over_published', '>=', 10.), ('aim', 'exact_windows_256', '>=', 99.),
         ('moonshot', 'exact_windows_128', '>=', 99.), ('moonshot', 'cells_mean', '<=', 60.)]
 LITERATURE = {'Shannon 1951, human guesses, upper': 1.3, 'Cover & King 1978, human gamblers': 1.25, 'Brown et al. 1992, word trigrams of 583 M words': 1.75} # bits a character, other English texts
@@ -1021,7 +1021,7 @@ def evaluate(cfg, run) -> dict: # summary
     save_state(run.dir/'test.safetensors', dict(puzzles=puzzles, ok=np.array([a == b for a, b in zip(decoded, text.test)]), along=along, cells=cells, vq=vq))
     return summarise(cfg, text, metrics, cells, vq, told, entries)
 
-# %% ../nbs/03_language_puzzle.ipynb #c118
+# %% ../nbs/03_language_puzzle.ipynb #c121
 TITLE = dict(title='Language puzzle', claim='Any text becomes a few decimal digits of a puzzle, and comes back letter by letter from the digits alone.')
 
 def summarise(cfg, text, metrics, cells, vq, told, entries):
@@ -1051,7 +1051,7 @@ def notes(cfg, text, vq):
                                      'N-gram and unigram cells are information rounded up to whole cells; the general compressors\' are whole bytes. Ours are cells of real puzzles.']
     return res
 
-# %% ../nbs/03_language_puzzle.ipynb #c121
+# %% ../nbs/03_language_puzzle.ipynb #c124
 def plain_label(k): return k.split(': ', 1)[-1].replace(', each window alone', '').replace(' and arithmetic coder', '')
 
 def draw_cells(used, ok, cells, vq):
@@ -1069,7 +1069,7 @@ def draw_cells(used, ok, cells, vq):
     ax.set(xlabel='cells', ylabel='windows exact, %', xlim=(0, 420), ylim=(0, 102)); ax.legend(loc='upper left', bbox_to_anchor=(1, 1), fontsize=7.5)
     return fig
 
-# %% ../nbs/03_language_puzzle.ipynb #c122
+# %% ../nbs/03_language_puzzle.ipynb #c125
 def draw_bits(summary):
     "Bits a character of every code, and what the literature estimates for other texts."
     bits = {k: v for k, v in summary['baselines']['bits_per_character'].items()}
@@ -1082,7 +1082,7 @@ def draw_bits(summary):
     for label, r in zip(ax.get_yticklabels(), rows): label.set_color(COLORS[r[2]] if r[2] != 'blue' else '#222222')
     return fig
 
-# %% ../nbs/03_language_puzzle.ipynb #c123
+# %% ../nbs/03_language_puzzle.ipynb #c126
 def shown(text): return text.replace('\n', '\u21b5').replace('\0', '\u00b7') # a line's end visible
 
 def write_text(ax, text, colours, width:int=43): # characters in a grid, each on its colour
@@ -1101,7 +1101,7 @@ def draw_puzzles_of(codec, texts, puzzles):
         draw_puzzle(p, right_); right_.set_title(f'{int(cells_used(p[None])[0])} cells', fontsize=8)
     return fig
 
-# %% ../nbs/03_language_puzzle.ipynb #c125
+# %% ../nbs/03_language_puzzle.ipynb #c128
 def changed(read, puzzles, cells): # puzzles (B, 30, 30), a cell for each -> what is read with that cell's digit raised by one
     digits, row = to_digits(puzzles).clone(), torch.arange(len(puzzles))
     digits[row, torch.as_tensor(cells)] = (digits[row, torch.as_tensor(cells)] + 1)%10
@@ -1129,7 +1129,7 @@ def draw_one_cell(codec, vq, texts, puzzles):
     ax.set(xlabel='place of the changed cell, % of those used', ylabel='characters right, %', ylim=(0, 102)); ax.legend(loc='lower right')
     return fig
 
-# %% ../nbs/03_language_puzzle.ipynb #c126
+# %% ../nbs/03_language_puzzle.ipynb #c129
 def draw_longest(along):
     "Cells against characters of running text, each place a line."
     fig, ax = plt.subplots(figsize=(5.6, 2.8))
@@ -1151,7 +1151,7 @@ def draw_training(run, published:bool):
         ax.plot(*of(stage, key), '.-', color=COLORS['pink' if stage == 'published' else 'orange']); ax.set(xlabel='step'); ax.set_title(title, fontsize=8.5); ax.xaxis.set_major_locator(plt.MaxNLocator(3))
     return fig
 
-# %% ../nbs/03_language_puzzle.ipynb #c127
+# %% ../nbs/03_language_puzzle.ipynb #c130
 def draw_copies(model, texts):
     "Puzzles of the published design."
     puzzles = model.grid(model.quantize(torch.from_numpy(np.stack([model.tokens(t) for t in texts]))).indices)
@@ -1161,7 +1161,7 @@ def draw_copies(model, texts):
         write_text(right_, r, ['#CDEBDD' if a == b else '#F6C9B5' for a, b in zip(r, t)])
     return fig
 
-# %% ../nbs/03_language_puzzle.ipynb #c128
+# %% ../nbs/03_language_puzzle.ipynb #c131
 def load_cells(run, lexicon, codes):
     model = CellsVQ(lexicon.symbols, codes); model.load_state_dict(load_state(run.dir/f'cells{codes}.safetensors')['weights'])
     return model.eval()
@@ -1182,7 +1182,7 @@ def draw(run):
     figure('published', draw_copies(published, text.test[1:4]), 'The published design: windows, their puzzles (30 digits, copied; the large one: 16 vectors, stretched), and what it reads from them. Green is right; spaces cannot come back.')
     figure('training', draw_training(run, cfg.recipe != 'best'), 'Validation over training.')
 
-# %% ../nbs/03_language_puzzle.ipynb #c131
+# %% ../nbs/03_language_puzzle.ipynb #c134
 PIECE = 1024
 
 def read_text(path): # -> str
@@ -1195,19 +1195,15 @@ def read_text(path): # -> str
 @torch.no_grad()
 def encode_long(self:LanguagePuzzle, text, piece:int=PIECE): # str -> uint8 (N, 30, 30), in order
     "A text of any length as puzzles, at least one."
-    pieces, done = [text[i:i + piece] for i in range(0, len(text), piece)] or [''], []
-    while pieces:
-        digits, used = self._digits(pieces)
-        done = [d if u <= CELLS else None for d, u in zip(digits, used)] if not done else _fill(done, digits, used)
-        pieces = [half for p, u in zip(pieces, used) if u > CELLS for half in (p[:len(p)//2], p[len(p)//2:])]
-        if pieces: done = [x for d in done for x in ([d] if d is not None else [None, None])]
-    return from_digits(np.stack(done))
+    todo, done = {i: text[i:i + piece] for i in range(0, max(1, len(text)), piece)}, {}     # by where they begin
+    while todo:
+        tried, todo = todo, {}
+        for (at, part), digits, used in zip(tried.items(), *self._digits(list(tried.values()))):
+            if used <= CELLS: done[at] = digits
+            else: half = len(part)//2; todo |= {at: part[:half], at + half: part[half:]}
+    return from_digits(np.stack([done[at] for at in sorted(done)]))
 
-def _fill(done, digits, used): # the open places get what was tried again
-    tried = iter(zip(digits, used))
-    return [d if d is not None else (new[0] if (new := next(tried))[1] <= CELLS else None) for d in done]
-
-# %% ../nbs/03_language_puzzle.ipynb #c132
+# %% ../nbs/03_language_puzzle.ipynb #c135
 def weights_id(): # 16 hex digits
     "Digits mean something to the weights that wrote them only."
     return hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:16]
