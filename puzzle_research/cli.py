@@ -255,18 +255,28 @@ def doctor():
     print(f"{'data':18} {', '.join(have) or 'none found; set PUZZLE_DATA or run `puzzle data fetch NAME`'}")
 
 
+# ending of a file -> module that encodes it; kind in a puzzle file's meta -> ending of what comes back
+CODECS = {
+    '.png': 'vision_puzzle', '.jpg': 'vision_puzzle', '.jpeg': 'vision_puzzle',
+    '.txt': 'language_puzzle',
+}
+KINDS = {
+    'picture': '.png',
+    'text': '.txt',
+}
+
+
 def _codec(path:Path):
     "The module that encodes files of this kind."
     import importlib
-    kinds = {'.png': 'vision_puzzle', '.jpg': 'vision_puzzle', '.jpeg': 'vision_puzzle'}
-    if path.suffix.lower() not in kinds: raise Usage(f"{path.name}: no codec for {path.suffix or 'a file without an ending'!r}; expected one of {', '.join(kinds)}")
-    return importlib.import_module(f'puzzle_research.{kinds[path.suffix.lower()]}')
+    if path.suffix.lower() not in CODECS: raise Usage(f"{path.name}: no codec for {path.suffix or 'a file without an ending'!r}; expected one of {', '.join(CODECS)}")
+    return importlib.import_module(f'puzzle_research.{CODECS[path.suffix.lower()]}')
 
 
 @app.command()
-def encode(file:Annotated[Path, typer.Argument(help='A picture: .png, .jpg.')],
+def encode(file:Annotated[Path, typer.Argument(help=f"A file to encode: {', '.join(CODECS)}.")],
            out:Annotated[Optional[Path], typer.Option('-o', '--out', metavar='FILE', help='Puzzle file to write; default FILE.puzzle.json.')] = None):
-    "Turn a picture into puzzles: one 30x30 grid of digits for each 32x32 tile, as an ARC JSON file."
+    "Turn a picture or a text into puzzles, 30x30 grids of digits in an ARC JSON file: one for each 32x32 tile, or for about 1,000 characters."
     codec = _codec(file)
     if not file.exists(): raise FileNotFoundError(f'{file}: no such file')
     out = out or file.with_suffix('.puzzle.json')
@@ -274,12 +284,20 @@ def encode(file:Annotated[Path, typer.Argument(help='A picture: .png, .jpg.')],
     print(f"{out}: {n} puzzle{'s' if n != 1 else ''}")
 
 
+def _kind(file:Path) -> str:
+    "The ending that the content of a puzzle file asks for."
+    from puzzle_research.core.puzzle import load_puzzles
+    kind = load_puzzles(file)[1].get('kind')
+    if kind not in KINDS: raise Usage(f"{file.name} holds no {' or '.join(KINDS)}: its kind is {kind!r}; expected a file that `puzzle encode` wrote")
+    return KINDS[kind]
+
+
 @app.command()
 def decode(file:Annotated[Path, typer.Argument(help='A puzzle file made by `puzzle encode`.')],
-           out:Annotated[Optional[Path], typer.Option('-o', '--out', metavar='FILE', help='File to write; default FILE.png.')] = None):
-    "Turn a puzzle file back into a picture, from its digits alone."
-    out = out or file.with_name(file.name.removesuffix('.json').removesuffix('.puzzle') + '.decoded.png')
+           out:Annotated[Optional[Path], typer.Option('-o', '--out', metavar='FILE', help='File to write; default FILE.decoded with the ending of its kind.')] = None):
+    "Turn a puzzle file back into what it was made from, from its digits alone."
     if not file.exists(): raise FileNotFoundError(f'{file}: no such file')
+    out = out or file.with_name(file.name.removesuffix('.json').removesuffix('.puzzle') + '.decoded' + _kind(file))
     _codec(out).decode_file(file, out)
     print(out)
 

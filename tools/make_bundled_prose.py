@@ -22,7 +22,7 @@ def paragraphs(text):
         lines = p.split('\n')
         prose = not any(l.startswith('    ') or '::=' in l or '+--' in l or l.startswith(('***', '===', '---', '| ')) for l in lines)
         joined = ' '.join(l.strip() for l in lines)
-        if prose and len(joined) >= 40: yield joined + '\n'
+        if prose and len(joined) >= 40: yield f' {joined} \n'
 
 
 def splits():
