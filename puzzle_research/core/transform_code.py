@@ -243,6 +243,7 @@ class StepCodec(nn.Module):
     `render(known, index) -> items` and `first_index(x)`."""
     chunk, slope = 500, 8.          # items at a time; bits that one index of the step is worth
     tries = ((-3, 1.2),)            # further attempts: step index beside the searched one, factor on the tradeoff
+    room = BUDGET                   # bits a stream may take
 
     def needed(self, visitor): # bits; a saturated stream never fits
         return visitor.bits + 1e4*visitor.saturated
@@ -254,9 +255,9 @@ class StepCodec(nn.Module):
         low, high, todo = torch.full_like(probe, -1), torch.full_like(probe, STEPS - 1), torch.arange(len(probe))
         for _ in range(rounds):
             bits = self.needed(self.quantise(x[todo], probe[todo])[0])
-            p, fits = probe[todo], bits <= BUDGET
+            p, fits = probe[todo], bits <= self.room
             low[todo], high[todo] = torch.where(fits, low[todo], p), torch.where(fits, p, high[todo])
-            jump = ((bits - BUDGET)/self.slope).clamp(-200, 200).ceil().long()
+            jump = ((bits - self.room)/self.slope).clamp(-200, 200).ceil().long()
             probe[todo] = torch.minimum(torch.maximum(p + jump - fits.long(), low[todo] + 1), high[todo] - 1)
             todo = todo[(high - low > 1)[todo]]
             if not len(todo): break
@@ -269,7 +270,7 @@ def attempt(self:StepCodec, x, index, factor=1.):
     "Squared error of the decoded items (infinite where the stream does not fit), index, rows, symbols."
     visitor, known = self.quantise(x, index, factor)
     error = (self.render(known, index).double() - x).flatten(1).square().sum(1)
-    error[self.needed(visitor) > BUDGET] = math.inf
+    error[self.needed(visitor) > self.room] = math.inf
     return error, index, torch.cat(visitor.rows, 1), torch.cat(visitor.symbols, 1)
 
 @patch
