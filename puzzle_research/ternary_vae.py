@@ -233,7 +233,7 @@ def draw_coverage(curves, marks): # label -> (color, style, {n: share}); label -
     for ax in axes:
         ax.fill_between(n, ceiling(n), 1.02, color=COLORS['grey'], alpha=.2, lw=0); ax.plot(n, ceiling(n), color=COLORS['black'], lw=1, label='ceiling: uniform draws')
         for label, (color, line, values) in curves.items(): ax.plot(list(values), list(values.values()), line, color=color, ms=5, lw=1.2, label=label)
-        for (label, (at, share)), marker in zip(marks.items(), 'X*'): ax.plot(at, share, marker, color=COLORS['orange'], ms=8, label=label, zorder=5)
+        for (label, (at, share)), marker in zip(marks.items(), 'X*'): ax.plot(at, share, marker, color=COLORS['black'], ms=8, label=label, zorder=5, lw=0)
         ax.set(xscale='log', xlabel='draws from the prior'); ax.set_xticks(NS, ['19,683', '50,000', '195,000']); ax.minorticks_off()
     axes[0].set(xlim=(14_000, 270_000), ylim=(0, 1.02), ylabel='operations found, share'); axes[1].set(xlim=(150_000, 250_000), ylim=(.984, 1.0005))
     axes[0].set_title('all of it'); axes[1].set_title('the headline, magnified'); axes[1].set_xticks([195_000], ['195,000'])
@@ -512,7 +512,7 @@ def best_gaussian(objective, start=(1.2, .35, .35), steps=12): # -> dict of floa
 def frontier():
     "Exactness against rate and gap of three families, nine entries."
     f64 = lambda v: torch.tensor(v, dtype=torch.float64)
-    normal = [best_gaussian(lambda r, k=k: r['gap'] - k*r['exact'].log()) for k in np.geomspace(.5, 2000, 14)]
+    normal = [best_gaussian(lambda r, k=k: r['gap'] - k*r['exact'].log()) for k in np.geomspace(.12, 2000, 16)]
     betas = {b: best_gaussian(lambda r, b=b: LN_N + r['gap'] - (1 - b)*r['rate']) for b in (.9, .7, .5, .3, .1, .03, .01)}
     learned = [{k: v.item() for k, v in one_entry(f64(1.22), f64(s), f64(s), 'learned').items()} for s in np.geomspace(1.5, .1, 25)]
     error = torch.linspace(0, 2/3, 40, dtype=torch.float64)
@@ -525,15 +525,15 @@ def draw_frontier(curves, points=()): # points: dicts label, rate, gap, exact, c
     fig, axes = plt.subplots(1, 2, figsize=(7.6, 3.0), width_ratios=(1.15, 1))
     exact = torch.linspace(1e-4, 1, 400, dtype=torch.float64)
     axes[0].fill_betweenx(exact, 0, fano_rate(exact), color=COLORS['orange'], alpha=.16, lw=0)
-    axes[0].text(.6, .86, 'impossible (Fano)', color=COLORS['orange'], fontsize=8.5)
+    axes[0].text(.3, .94, 'impossible (Fano)', color=COLORS['orange'], fontsize=8)
     for ax, key in zip(axes, ('rate', 'gap')):
         line = lambda rows, label, **kw: ax.plot([r[key] for r in rows], [r['exact'] for r in rows], label=label, **kw)
         line(curves['normal'], 'Gaussian, N(0,1) prior: least gap', color=COLORS['blue']); line(curves['betas'].values(), 'the same, by beta', color=COLORS['sky'], marker='o', ms=4, lw=0)
         line(curves['learned'], 'Gaussian, learned prior', color=COLORS['green']); line(curves['discrete'], 'discrete, entry by entry', color=COLORS['pink'], ls='--')
-        for p in points: ax.plot(p[key], p['exact'], p['marker'], color=p['color'], ms=8, zorder=6, label=p['label'] if key == 'gap' else None, clip_on=False)
-    for b, p in curves['betas'].items(): axes[1].annotate(f'{b:g}', (p['gap'], p['exact']), (5, -7), textcoords='offset points', fontsize=7, color=COLORS['sky'])
-    axes[0].set(xlim=(0, 24), xlabel='rate, nats', ylabel='exact with the latent sampled', ylim=(0, 1.02)); axes[0].axvline(LN_N, color=COLORS['grey'], lw=.8); axes[0].text(LN_N + .3, .03, 'ln 19,683', fontsize=8, color=COLORS['grey'])
-    axes[1].set(xscale='symlog', xlim=(-.01, 30), ylim=(0, 1.02), xlabel='gap R + D - ln 19,683, nats'); axes[1].set_xscale('symlog', linthresh=.1); axes[1].legend(fontsize=7, loc='center left', bbox_to_anchor=(1.02, .5))
+        for p in points: ax.plot(p[key], p['exact'], p['marker'], color=p['color'], ms=8, zorder=6, label=p['label'] if key == 'gap' else None, lw=0)
+    for b, p in list(curves['betas'].items())[:5]: axes[1].annotate(f'{b:g}', (p['gap'], p['exact']), (5, -7), textcoords='offset points', fontsize=7, color=COLORS['sky'])
+    axes[0].set(xlim=(0, 20), xlabel='rate, nats', ylabel='exact with the latent sampled', ylim=(0, 1.04)); axes[0].axvline(LN_N, color=COLORS['grey'], lw=.8); axes[0].text(LN_N + .3, .03, 'ln 19,683', fontsize=8, color=COLORS['grey'])
+    axes[1].set_xscale('symlog', linthresh=.1); axes[1].set(xlim=(-.01, max([30, *(1.5*p['gap'] for p in points)])), ylim=(0, 1.04), xlabel='gap R + D - ln 19,683, nats'); axes[1].legend(fontsize=7, loc='center left', bbox_to_anchor=(1.02, .5))
     return fig
 
 # %% ../nbs/05_ternary_vae.ipynb #c071
@@ -651,7 +651,7 @@ def stage(run, name, compute): # -> what `compute()` gave
 # %% ../nbs/05_ternary_vae.ipynb #c089
 ABLATIONS = {'whole': {}} | {f'without_{p}': dict(without=p) for p in PARTS} | {'as_published': dict(fixes=False)}
 COMPARISONS = dict(batch_64=dict(batch_size=64, learning_rate=1e-3), warmup_25=dict(warmup=25), warmup_100=dict(warmup=100), commutative_unseen=dict(holdout='commutative'))
-OURS = dict(rate_at_full_weight=dict(tradeoff=1., attempts=1), no_annealing=dict(width_start=.1, attempts=1), learned_prior=dict(learn_prior=True), whole_train_split=dict(train_operations=0))
+OURS = dict(rate_at_full_weight=dict(tradeoff=1., attempts=1), no_annealing=dict(width_start=.1, attempts=1), learned_prior=dict(learn_prior=True), ten_percent=dict(train_operations=1968))
 
 def vary(cfg, **changes): return cfg.model_copy(update=changes)
 
@@ -664,7 +664,7 @@ def pair_row(cfg, run, name, epochs): # -> what a variant of the pair reaches, o
 
 def ours_row(cfg, **changes):
     cfg = vary(cfg, **changes); space = open_operations(cfg)
-    model, clock = train_attempts(cfg, None, space)
+    model, clock = train_attempts(vary(cfg, attempts=min(3, cfg.attempts)), None, space)
     rows = {n: measure(p, space.x) for n, p in pathways(model).items()}
     return rows | dict(held_out=measure(pathways(model)['B'], space.x[space.test]), seconds=clock['seconds'], attempts=clock['attempts']) | to_uniform(exact_marginal(model))
 
@@ -839,7 +839,7 @@ def ours_only(cfg, run, model, space, pair):
     unseen = torch.ones(N, dtype=torch.bool); unseen[space.few] = False
     families = FAMILIES if cfg.budget == 'full' else FAMILIES[:1]
     return dict(exact=to_uniform(exact_marginal(model)), unseen=measure(pathways(model)['B'], space.x[unseen]), race=race(pair, load_state(run.dir/'stages'/'code.safetensors')),
-                families={f: ours_row(cfg, holdout=f)['held_out'] for f in (families if cfg.budget != 'test' else ())}, variants={k: ours_row(cfg, **v) for k, v in (OURS if cfg.budget != 'test' else {}).items()})
+                families={f: ours_row(cfg, holdout=f)['held_out'] for f in (families if cfg.budget != 'test' else ())}, variants={k: ours_row(cfg, **v) for k, v in (OURS if cfg.budget == 'full' else {}).items()})
 
 # %% ../nbs/05_ternary_vae.ipynb #c110
 BARS = [('must', 'exact_mean', '==', 1.), ('must', 'exact_mean_test', '==', 1.), ('aim', 'exact_sampled', '>=', .999), ('aim', 'gap', '<=', .1), ('moonshot', 'exact_sampled', '==', 1.), ('moonshot', 'exact_unseen', '==', 1.),
@@ -930,19 +930,19 @@ def draw_plane(res):
     r = np.linspace(0, LN_N, 50)
     for ax in axes:
         ax.fill_between(r, 0, LN_N - r, color=COLORS['orange'], alpha=.16, lw=0); ax.plot(r, LN_N - r, color=COLORS['black'], lw=1)
-        for p in points: ax.plot(p['rate'], p['distortion'], p['marker'], color=p['color'], ms=8, label=p['label'], zorder=5, clip_on=False)
-        ax.plot(0, LN_N, 'o', color=COLORS['sky'], ms=7, label='ignores its latent', zorder=4, clip_on=False)
+        for p in points: ax.plot(p['rate'], p['distortion'], p['marker'], color=p['color'], ms=8, label=p['label'], zorder=5, lw=0)
+        ax.plot(0, LN_N, 'o', color=COLORS['sky'], ms=7, label='ignores its latent', zorder=4)
         ax.set(xlabel='rate R, nats')
     top = max(p['rate'] for p in points)*1.1
-    axes[0].set(xlim=(0, max(20, top)), ylim=(0, 14), ylabel='distortion D, nats'); axes[0].text(.35, 1.2, 'impossible: R + D < ln 19,683', fontsize=7.5, color=COLORS['orange'])
-    axes[1].set(xlim=(LN_N - .06, LN_N + .06), ylim=(0, .06)); axes[1].set_title('the corner, magnified: lossless at ln 19,683'); axes[0].legend(fontsize=7, loc='upper right')
+    axes[0].set(xlim=(-.02*max(20, top), max(20, top)), ylim=(-.3, 14), ylabel='distortion D, nats'); axes[0].annotate('impossible:\nR + D < ln 19,683', (3.5, 3.5), (.3*max(20, top), 4), fontsize=7.5, color=COLORS['orange'], arrowprops=dict(arrowstyle='-', color=COLORS['orange'], lw=.7))
+    axes[1].set(xlim=(LN_N - .06, LN_N + .06), ylim=(-.001, .06)); axes[1].set_title('the corner, magnified: lossless at ln 19,683'); axes[0].legend(fontsize=7, loc='upper right')
     return fig
 
 # %% ../nbs/05_ternary_vae.ipynb #c116
 def draw_training(run, cfg):
     "Exactness of both models over training, with what the schedules do."
     rows = [m for m in run.metrics if m['split'] == 'valid' and m.get('stage') == 'pair']
-    fig, axes = plt.subplots(1, 2 + (cfg.recipe == 'best'), figsize=(7.8, 2.9))
+    fig, axes = plt.subplots(1, 2 + (cfg.recipe == 'best'), figsize=(7.8, 3.2))
     e = [m['epoch'] for m in rows]
     for n, c in (('A', 'amber'), ('B', 'orange')):
         axes[0].plot(e, [m[f'exact_mean_{n}'] for m in rows], ':', color=COLORS[c], lw=1.1); axes[0].plot(e, [m[f'exact_sampled_{n}'] for m in rows], color=COLORS[c], label=f'pathway {n}')
@@ -950,7 +950,7 @@ def draw_training(run, cfg):
         h = [(m['epoch'], m[f'hash_coverage_{n}']) for m in rows if f'hash_coverage_{n}' in m]
         if h: axes[0].plot(*zip(*h), '+', color=COLORS[c], ms=6, label=f'hash coverage {n}')
     axes[1].set(yscale='log', ylabel='gap, nats'); axes[0].set(ylabel='share of validation operations', ylim=(0, 1.03)); axes[0].set_title('published pair: exact\n(sampled; dotted: at the mean)', fontsize=8.5); axes[1].set_title('published pair: gap', fontsize=8.5)
-    for ax in axes[:2]: mark_events(ax, cfg, max(e)); ax.set(xlabel='epoch'); ax.legend(fontsize=6.5, loc='center right')
+    for ax in axes[:2]: mark_events(ax, cfg, max(e)); ax.set(xlabel='epoch'); ax.xaxis.get_major_locator().set_params(integer=True); ax.legend(fontsize=6.5, loc='upper center', bbox_to_anchor=(.5, -.22), ncols=2)
     if cfg.recipe == 'best': draw_ours(run, axes[2])
     return fig
 
@@ -964,7 +964,7 @@ def draw_ours(run, ax):
     last = max(m['stage'] for m in rows); rows = [m for m in rows if m['stage'] == last]; s = [m['step'] for m in rows]
     for n, c in (('A', 'green'), ('B', 'pink')): ax.plot(s, [m[f'exact_sampled_{n}'] for m in rows], color=COLORS[c], label=f'exact, pathway {n}')
     ax.plot(s, [m['width'] for m in rows], color=COLORS['grey'], lw=1, ls='--', label='width'); ax.axvline(.8*max(s), color=COLORS['grey'], lw=.7, ls=':')
-    ax.set(xlabel='step', ylim=(0, 1.03)); ax.set_title('ours, from 1 %\n(dotted: the width rests)', fontsize=8.5); ax.legend(fontsize=6.5)
+    ax.set(xlabel='step', ylim=(0, 1.03)); ax.set_title('ours, from 1 %\n(dotted: the width rests)', fontsize=8.5); ax.legend(fontsize=6.5, loc='upper center', bbox_to_anchor=(.5, -.22), ncols=2)
 
 # %% ../nbs/05_ternary_vae.ipynb #c117
 def draw_latent(models, space, res):
@@ -1047,7 +1047,7 @@ def draw(run):
     style()
     figure = lambda name, fig, caption: (run.figure(name, fig, caption), plt.close(fig))
     figure('rate_distortion', draw_plane(res), 'Rate and distortion of each pathway, latents sampled, all operations. Below the line no model can be. Right: the corner where nothing is lost and nothing wasted.')
-    figure('frontier', draw_frontier(frontier(), triple_points(res)), 'What a family of latents can reach. Left: exactness against rate; Fano forbids the shaded part. Right: against the gap. Blue: the least gap of Gaussian posteriors of one dimension an entry with a N(0, 1) prior, by quadrature; dots: where each beta ends. A learned prior has gap 0 but never quite exactness 1; a discrete code has both.')
+    figure('frontier', draw_frontier(frontier(), triple_points(res)), 'What a family of latents can reach. Left: exactness against rate, up to 20 nats; Fano forbids the shaded part. Right: against the gap. Blue: the least gap of Gaussian posteriors of one dimension an entry with a N(0, 1) prior, by quadrature; dots: where each beta ends. A learned prior has gap 0 but never quite exactness 1; a discrete code has both.')
     figure('coverage', draw_coverage(coverage_curves(res), PUBLISHED_MARKS), 'Operations found by n draws from the prior. The ceiling is what uniform draws find; uniform noise lies on it. Right: at the published 195,000 draws.')
     figure('training', draw_training(run, cfg), 'Validation operations while the models train. Shaded: the window in which checkpoints are kept.')
     figure('latent', draw_latent(models, space, res), 'Two entries of an operation, read from a sampled latent by a least-squares map, coloured by algebra. Commutative operations lie on the diagonal where the latent is in order.')
