@@ -7,16 +7,16 @@ __all__ = ['PRESETS', 'BOUNDS', 'Config', 'RATE', 'SAMPLES', 'BANDS', 'FRAMES', 
            'SIZES', 'WAVELET', 'DCT', 'FINEST', 'WEIGHTS', 'FORMATS', 'mel', 'mask', 'clips', 'open_sounds', 'resize',
            'block', 'unit', 'to_db', 'PublishedVAE', 'batch_scale', 'published_loss', 'legacy', 'improvement',
            'masked_mse', 'mean_map', 'filled', 'separable_pca', 'anchor_table', 'split', 'join', 'Bands',
-           'ContextModel', 'signs_and_sizes', 'level_of', 'guess_step', 'at_step', 'context_loss', 'ExactModel',
-           'Polish', 'check_mels', 'AudioPuzzle', 'learned_numbers', 'build', 'varied', 'varied_near_step', 'batches',
-           'often', 'watch_published', 'train_published', 'watch_context', 'start_codec', 'context_trainer',
-           'train_context', 'near_budget', 'calibrate', 'decoder_view', 'polish_loss', 'train_polish', 'KeywordNet',
-           'keyword_loss', 'train_keywords', 'words_heard', 'train', 'load_codec', 'through_digits', 'metric',
-           'published_codec', 'published_mse', 'legacy_metrics', 'below_mean', 'fidelity_metrics', 'keyword_metrics',
-           'FirstBetter', 'race', 'criteria', 'abroad', 'evaluate', 'summarise', 'notes', 'show_mel',
-           'draw_reconstructions', 'quality_at', 'draw_plane', 'draw_bands', 'draw_training', 'draw_usage',
-           'draw_one_digit', 'draw', 'to_waveform', 'weights_id', 'open_sound', 'seconds_of', 'encode_file',
-           'decode_file']
+           'ContextModel', 'signs_and_sizes', 'echoes', 'level_of', 'guess_step', 'at_step', 'context_loss',
+           'ExactModel', 'Polish', 'check_mels', 'AudioPuzzle', 'learned_numbers', 'build', 'varied',
+           'varied_near_step', 'batches', 'often', 'watch_published', 'train_published', 'watch_context', 'start_codec',
+           'context_trainer', 'train_context', 'near_budget', 'calibrate', 'decoder_view', 'polish_loss',
+           'train_polish', 'KeywordNet', 'keyword_loss', 'train_keywords', 'words_heard', 'train', 'load_codec',
+           'through_digits', 'metric', 'published_codec', 'published_mse', 'legacy_metrics', 'below_mean',
+           'fidelity_metrics', 'keyword_metrics', 'FirstBetter', 'race', 'criteria', 'abroad', 'evaluate', 'summarise',
+           'notes', 'show_mel', 'draw_reconstructions', 'quality_at', 'draw_plane', 'draw_bands', 'draw_training',
+           'draw_usage', 'draw_one_digit', 'draw', 'to_waveform', 'weights_id', 'open_sound', 'seconds_of',
+           'encode_file', 'decode_file']
 
 # %% ../nbs/02_audio_puzzle.ipynb #c003
 import hashlib, io, math, time
@@ -197,8 +197,8 @@ def anchor_table(sounds, test=None, full=False): # label -> dict(bits, mse, psnr
 
 # %% ../nbs/02_audio_puzzle.ipynb #c032
 KEPT, GROUP = 104, 8                          # components that are coded, of 128; so many are predicted at once
-SIZES = (4, 8, 16)                            # frames of the details, coarse to fine
-WAVELET, DCT = {n: wavelet_matrix(n) for n in (8, 16, 32)}, dct_matrix(4)
+SIZES = (2, 4, 8, 16)                          # frames of the details, coarse to fine
+WAVELET, DCT = {2*s: wavelet_matrix(2*s) for s in SIZES}, dct_matrix(SIZES[0])
 FINEST = -2.                                  # log2 of the smallest step, in dB
 
 def split(x): # (B, C, 2s) -> low, detail (B, C, s)
@@ -219,7 +219,7 @@ class Bands(nn.Module):
         self.rows.copy_(torch.linalg.eigh(torch.einsum('nft,ngt->fg', r, r))[1].T.flip(0)[:KEPT])
 
     def analyse(self, mels, log_step): # dB (B, 128, 32), log2 of the step in dB (B,)
-        "Base (B, 104, 4) and details {s: (B, 104, s)} in units of the step."
+        "Base (B, 104, 2) and details {s: (B, 104, s)} in units of the step."
         x, details = self.rows.to(log_step) @ (mels.to(log_step) - self.level.to(log_step))*torch.exp2(-log_step)[:, None, None], {}
         for s in SIZES[::-1]: x, details[s] = split(x)
         return x @ DCT.T.to(x), details
@@ -239,9 +239,17 @@ class ContextModel(nn.Module):
         self.stem, self.conv, self.level_bias = nn.Conv1d(2*KEPT + 1, hidden, 3, padding=1), nn.Conv1d(hidden, hidden, 3, padding=1), zeros(len(SIZES), hidden)
         self.seen = normal(groups, 2*GROUP, hidden, std=.1)                 # what a group adds to the running sum
         self.group_bias, self.mix, self.mix_bias = zeros(groups, hidden), normal(hidden, hidden, std=hidden**-.5), zeros(hidden)
+        self.echo = zeros(2, KEPT)                                          # what the same component's sizes add to the scale
         self.head, self.head_bias = normal(groups, hidden, 2*GROUP, std=.3*hidden**-.5), zeros(len(SIZES), groups, 2*GROUP)
 
 def signs_and_sizes(x, dim): return torch.cat([x, x.abs() - .5], dim)
+def echoes(low, reach, weights, keep=lambda x: x): # (B, 104, s), (104,), (2, 104) -> (B, 104, s)
+    "Sizes of the same component nearby, and one level coarser."
+    size = lambda x: keep(x*reach[:, None]).abs().clamp(max=4)
+    x = F.pad(size(low), (1, 1))
+    out = weights[0][:, None]*(x[..., :-2] + 2*x[..., 1:-1] + x[..., 2:])/4
+    return out if low.shape[-1] == SIZES[0] else out + weights[1][:, None]*size(split(low)[1]).repeat_interleave(2, -1)
+
 def level_of(log_step, s): return (log_step/4 - .75)[:, None, None].expand(-1, 1, s)
 
 # %% ../nbs/02_audio_puzzle.ipynb #c040
@@ -267,7 +275,8 @@ def heads(self:ContextModel, low, detail, log_step): # (B, 104, s) each, (B,) ->
     h = leaky(rearrange(self.trunk(low, log_step), 'b h s -> (b s) h') + F.pad(added[:-1], (0, 0, 0, 0, 1, 0)).cumsum(0) + self.group_bias[:, None])
     h = h + leaky(h @ self.mix + self.mix_bias)
     out = torch.baddbmm(self.head_bias[SIZES.index(detail.shape[-1])][:, None], h, self.head)
-    return rearrange(out, 'g (b s) (o k) -> o b (g k) s', o=2, s=detail.shape[-1])
+    mean, log_scale = rearrange(out, 'g (b s) (o k) -> o b (g k) s', o=2, s=detail.shape[-1])
+    return torch.stack([mean, log_scale + echoes(low, self.reach, self.echo)])
 
 # %% ../nbs/02_audio_puzzle.ipynb #c044
 @patch
@@ -286,7 +295,7 @@ def forward(self:ContextModel, base, details, log_step): # in units of the step 
         low = join(low, (mean + value).detach())
     return bits, error
 
-def guess_step(base, details, bits:float=2976., spread:float=26.): # of a step of 1 dB -> (B,)
+def guess_step(base, details, bits:float=2976., spread:float=21.): # of a step of 1 dB -> (B,)
     "log2 of the step in dB at which sum of log2(1 + spread z^2)/2 over the coefficients is `bits`."
     energy = spread*torch.cat([x.flatten(1) for x in (base, *details.values())], 1).square()
     low, high = torch.full_like(energy[:, 0], FINEST), torch.full_like(energy[:, 0], FINEST + OCTAVES)
@@ -327,11 +336,12 @@ class ExactModel:
 
     def walk_level(self, low, log_step, visitor): # -> detail (B, 104, s)
         (b, _, s), out = low.shape, []
-        h = rearrange(self.trunk(low, log_step), 'b h s -> (b s) h')
+        h, echo = rearrange(self.trunk(low, log_step), 'b h s -> (b s) h'), echoes(low, self.reach, self.echo, act)
         for g in range(KEPT//GROUP):
             x = act(leaky(h + self.group_bias[g]))
             x = act(x + act(leaky(x @ self.mix + self.mix_bias)))
             mean, log_scale = rearrange(act(x @ self.head[g] + self.head_bias[SIZES.index(s), g]), '(b s) (o k) -> o b (k s)', b=b, o=2)
+            log_scale = log_scale + echo[:, g*GROUP:(g+1)*GROUP].flatten(1)
             out.append(snap(mean + visitor.fine((s, g), mean, log_scale)).view(b, GROUP, s))
             h = h + signs_and_sizes(act(out[-1]*self.reach[g*GROUP:(g+1)*GROUP, None]).transpose(1, 2).flatten(0, 1), 1) @ self.seen[g]
         return torch.cat(out, 1)
@@ -370,7 +380,7 @@ def check_mels(mels): # -> float32 (B, 128, 32)
 
 class AudioPuzzle(StepCodec):
     "Log-mel spectrograms (B, 128, 32) in dB to puzzles uint8 (B, 30, 30) and back: three digits name the quantiser's step, 897 are the stream."
-    mel, check, slope = staticmethod(mel), staticmethod(check_mels), 11.
+    mel, check, slope, tries = staticmethod(mel), staticmethod(check_mels), 11., ((-3, 1.2), (-1, 1.05), (0, .85))
     def __init__(self, tradeoff:float=.07): # squared steps that a bit is worth to the encoder
         super().__init__()
         self.bands, self.context, self.polish, self.tables, self.tradeoff = Bands(), ContextModel(), Polish(), Tables(), tradeoff

@@ -255,28 +255,35 @@ def doctor():
     print(f"{'data':18} {', '.join(have) or 'none found; set PUZZLE_DATA or run `puzzle data fetch NAME`'}")
 
 
-# ending of a file -> module that encodes it; kind in a puzzle file's meta -> ending of what comes back
-CODECS = {
-    '.png': 'vision_puzzle', '.jpg': 'vision_puzzle', '.jpeg': 'vision_puzzle',
-    '.txt': 'language_puzzle',
-}
+# what `encode` reads: module -> kind of its puzzle files (their meta says it), endings it reads and writes, the first by default
 KINDS = {
-    'picture': '.png',
-    'text': '.txt',
+    'vision_puzzle': ('picture', ('.png', '.jpg', '.jpeg')),
+    'audio_puzzle': ('sound', ('.wav', '.flac', '.ogg')),
+    'language_puzzle': ('text', ('.txt',)),
 }
 
 
 def _codec(path:Path):
-    "The module that encodes files of this kind."
+    "The module that encodes files of this ending."
     import importlib
-    if path.suffix.lower() not in CODECS: raise Usage(f"{path.name}: no codec for {path.suffix or 'a file without an ending'!r}; expected one of {', '.join(CODECS)}")
-    return importlib.import_module(f'puzzle_research.{CODECS[path.suffix.lower()]}')
+    known = {ending: name for name, (_, endings) in KINDS.items() for ending in endings}
+    if path.suffix.lower() not in known: raise Usage(f"{path.name}: no codec for {path.suffix or 'a file without an ending'!r}; expected one of {', '.join(known)}")
+    return importlib.import_module(f'puzzle_research.{known[path.suffix.lower()]}')
+
+
+def _ending(file:Path) -> str:
+    "The ending of what a puzzle file holds."
+    from puzzle_research.core.puzzle import load_puzzles
+    kind = load_puzzles(file)[1].get('kind')
+    endings = {k: e[0] for k, e in KINDS.values()}
+    if kind not in endings: raise Usage(f"{file.name} holds puzzles of kind {kind!r}; expected one of {', '.join(endings)}, as `puzzle encode` writes them. Name the file to write with -o")
+    return endings[kind]
 
 
 @app.command()
-def encode(file:Annotated[Path, typer.Argument(help=f"A file to encode: {', '.join(CODECS)}.")],
+def encode(file:Annotated[Path, typer.Argument(help='A picture (.png, .jpg), a sound (.wav, .flac, .ogg) or a text (.txt).')],
            out:Annotated[Optional[Path], typer.Option('-o', '--out', metavar='FILE', help='Puzzle file to write; default FILE.puzzle.json.')] = None):
-    "Turn a picture or a text into puzzles, 30x30 grids of digits in an ARC JSON file: one for each 32x32 tile, or for about 1,000 characters."
+    "Turn a file into puzzles, 30x30 grids of digits in an ARC JSON file: one for each 32x32 tile of a picture, each second of a sound, about 1,000 characters of a text."
     codec = _codec(file)
     if not file.exists(): raise FileNotFoundError(f'{file}: no such file')
     out = out or file.with_suffix('.puzzle.json')
@@ -284,20 +291,12 @@ def encode(file:Annotated[Path, typer.Argument(help=f"A file to encode: {', '.jo
     print(f"{out}: {n} puzzle{'s' if n != 1 else ''}")
 
 
-def _kind(file:Path) -> str:
-    "The ending that the content of a puzzle file asks for."
-    from puzzle_research.core.puzzle import load_puzzles
-    kind = load_puzzles(file)[1].get('kind')
-    if kind not in KINDS: raise Usage(f"{file.name} holds no {' or '.join(KINDS)}: its kind is {kind!r}; expected a file that `puzzle encode` wrote")
-    return KINDS[kind]
-
-
 @app.command()
 def decode(file:Annotated[Path, typer.Argument(help='A puzzle file made by `puzzle encode`.')],
-           out:Annotated[Optional[Path], typer.Option('-o', '--out', metavar='FILE', help='File to write; default FILE.decoded with the ending of its kind.')] = None):
-    "Turn a puzzle file back into what it was made from, from its digits alone."
+           out:Annotated[Optional[Path], typer.Option('-o', '--out', metavar='FILE', help='File to write; default FILE.decoded with the first ending of its kind (.png, .wav).')] = None):
+    "Turn a puzzle file back into what it was, from its digits alone."
     if not file.exists(): raise FileNotFoundError(f'{file}: no such file')
-    out = out or file.with_name(file.name.removesuffix('.json').removesuffix('.puzzle') + '.decoded' + _kind(file))
+    out = out or file.with_name(file.name.removesuffix('.json').removesuffix('.puzzle') + '.decoded' + _ending(file))
     _codec(out).decode_file(file, out)
     print(out)
 
