@@ -41,7 +41,7 @@ qk_clip:float = 30.0 # largest attention logit that MuGrokfast leaves alone
 PRESETS = {
     'test': dict(prime=7, batch_size=24, max_steps=20),
     'quick': dict(prime=53, batch_size=256, max_steps=600),
-    'full': dict(prime=97, batch_size=256, max_steps=4000),
+    'full': dict(prime=97, batch_size=256, max_steps=2000),
 }
 BOUNDS = dict(seed=(0, 2**31 - 1), prime=(5, 997), train_share=(.1, .9), batch_size=(1, None), max_steps=(10, None), weight_decay=(0, None), lamb=(0, None), alpha=(0, 1), qk_clip=(0.1, None))
 Config = parameters(globals(), presets=PRESETS, bounds=BOUNDS, choices=dict(recipe=('best',)))
@@ -240,12 +240,18 @@ def addition(p:int, train_share:float, seed:int): # -> pairs (p*p, 2), sums (p*p
     return pairs, pairs.sum(1) % p, order[:n], order[n:]
 
 # %% ../../nbs/lm/04_mugrokfast.ipynb #c056
-RATES = (3e-3, 1e-2, 1e-3, 3e-2) # tried in this order
+RATES = (1e-2, 3e-3, 3e-2, 1e-3) # tried in this order
+
+def _ours(model, lr, cfg, **kw):
+    opt = MuGrokfast(model, lr, betas=(.9, .98), weight_decay=cfg.weight_decay, **kw)
+    for g in opt.param_groups: g['weight_decay'] = cfg.weight_decay # norms too, as for AdamW
+    return opt
+
 RACERS = dict(
     adamw=lambda model, lr, cfg: torch.optim.AdamW(model.parameters(), lr, betas=(.9, .98), weight_decay=cfg.weight_decay),
-    muon=lambda model, lr, cfg: MuGrokfast(model, lr, betas=(.9, .98), weight_decay=cfg.weight_decay),
-    muon_grokfast=lambda model, lr, cfg: MuGrokfast(model, lr, betas=(.9, .98), weight_decay=cfg.weight_decay, lamb=cfg.lamb, alpha=cfg.alpha),
-    mugrokfast=lambda model, lr, cfg: MuGrokfast(model, lr, betas=(.9, .98), weight_decay=cfg.weight_decay, lamb=cfg.lamb, alpha=cfg.alpha, qk_clip=cfg.qk_clip))
+    muon=_ours,
+    muon_grokfast=lambda model, lr, cfg: _ours(model, lr, cfg, lamb=cfg.lamb, alpha=cfg.alpha),
+    mugrokfast=lambda model, lr, cfg: _ours(model, lr, cfg, lamb=cfg.lamb, alpha=cfg.alpha, qk_clip=cfg.qk_clip))
 
 class Grokked(Callback):
     "Measure accuracy on both parts every `every` steps; stop at `enough` of validation. `memorised` is the first step with `enough` of train."
