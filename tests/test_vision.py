@@ -127,7 +127,7 @@ def test_bad_files_are_one_clear_line(tmp_path):
     save_puzzles(tmp_path/'sound.json', torch.zeros(1, 30, 30, dtype=torch.uint8), dict(kind='sound'))
     save_puzzles(tmp_path/'short.json', torch.zeros(1, 30, 30, dtype=torch.uint8), dict(kind='picture', height=64, width=64))
     for args, word in ((('encode', tmp_path/'text.png'), 'text.png cannot be read as a picture'), (('encode', tmp_path/'torn.png'), 'torn.png cannot be read'),
-                       (('decode', tmp_path/'sound.json'), 'holds no picture'), (('decode', tmp_path/'short.json'), 'holds 1 puzzles; a picture of 64x64 has 4')):
+                       (('decode', tmp_path/'sound.json', '-o', tmp_path/'x.png'), 'holds no picture'), (('decode', tmp_path/'short.json'), 'holds 1 puzzles; a picture of 64x64 has 4')):
         r = puzzle(*args)
         assert r.returncode in (1, 2) and word in r.stderr and r.stderr.count('\n') == 1, r.stderr
 

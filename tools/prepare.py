@@ -1,7 +1,7 @@
 """All that a commit needs: export the notebooks, refresh outputs of those whose code changed, clean them, render the README.
 
 `--check` changes nothing and says what is out of step; `--no-run` leaves stale outputs as they are."""
-import argparse, json, os, sys, tempfile
+import argparse, base64, io, json, os, sys, tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +49,22 @@ def readme():
 def stale(path): return json.loads(path.read_text())['metadata'].get('executed') != notebook_hash(path)
 
 
+def small_png(text):
+    "A base64 PNG with a palette of 256 colours, where that is shorter."
+    from PIL import Image
+    out = io.BytesIO()
+    Image.open(io.BytesIO(base64.b64decode(text))).convert('RGB').quantize(256).save(out, 'PNG', optimize=True)
+    return min(text, base64.b64encode(out.getvalue()).decode(), key=len)
+
+
+def shrink(nb):
+    "Figures of a notebook as small PNGs."
+    for c in nb.cells:
+        for o in c.get('outputs', []):
+            if 'image/png' in o.get('data', {}): o['data']['image/png'] = small_png(o['data']['image/png'])
+    return nb
+
+
 def execute(path):
     "Run a notebook in place, as JupyterLab would, and mark it with the hash of the code that ran."
     import nbformat
@@ -57,7 +73,7 @@ def execute(path):
     nb = nbformat.read(path, 4)
     NotebookClient(nb, timeout=1800, kernel_name='python3', extra_arguments=['--IPKernelApp.log_level=ERROR'], resources=dict(metadata=dict(path=str(path.parent)))).execute()
     nb.metadata['executed'] = notebook_hash(path)
-    nbformat.write(nb, path)
+    nbformat.write(shrink(nb), path)
 
 
 def exports_to(path):
