@@ -93,6 +93,12 @@ def test_schedules():
     assert [tv.alignment_weight(e) for e in (0, 30)] == pytest.approx([.3, .3]) and min(map(tv.alignment_weight, range(30))) >= .15 - 1e-9
 
 
+def test_tempo_runs_through_the_schedules_sooner():
+    c = tv.Controller(tv.vary(Config(recipe='seed', budget='full'), tempo=5.), 31)
+    assert [c.epoch(31*e) for e in (0, 1, 10, 20)] == [0, 5, 50, 100] and c.schedule(31*10, 0) == .5
+    assert tv.Controller(Config(recipe='seed', budget='full'), 31).epoch(31*102) == 102
+
+
 def test_free_bits_hide_a_collapse_only_as_published():
     mu = torch.zeros(64, 16); mu[::2, 0], mu[1::2, 0] = 2., -2.               # one dimension at work, the others at the prior
     assert tv.kl_free_bits(mu, torch.zeros_like(mu), .5, False).item() == pytest.approx(2 + 15*.5)
@@ -181,10 +187,13 @@ def test_parts_and_patience_act(space):
     base = loss()
     assert base == loss()
     for part in tv.PARTS:
-        if part not in ('repulsion', 'rate_stages'): assert loss(without=part) != base, part
+        if part not in ('repulsion', 'rate_stages', 'lambda_balance'): assert loss(without=part) != base, part
     assert tv.repulsion(torch.randn(500, 16)) < 1e-3 < tv.repulsion(torch.randn(500, 2))  # nothing at all in 16 dimensions
-    late = [tv.Controller(tv.vary(Config(recipe='seed'), without=w), 2).schedule(2*60, 0) for w in ('nothing', 'rate_stages')]
+    late = [tv.Controller(tv.vary(Config(recipe='seed'), tempo=1., without=w), 2).schedule(2*60, 0) for w in ('nothing', 'rate_stages')]
     assert late == [.5, 1.]
+    for w, l1 in (('nothing', .72), ('lambda_balance', .7)):
+        c = tv.Controller(tv.vary(Config(recipe='seed'), without=w), 2); c.s['norm_b'] = .5; tv.start_epoch(c, 1)
+        assert c.l1 == pytest.approx(l1)
     assert loss(fixes=False) != base
     t = tv.train_pair(tv.vary(Config(recipe='seed', budget='test', batch_size=128, patience=1, learning_rate=1e-6), coverage_every=10**6), None, few, epochs=40)
     assert t.stopped and t.step < 80
