@@ -11,6 +11,8 @@ from puzzle_research.core.puzzle import check_codec, load_puzzles, save_puzzles
 from puzzle_research.core.quantize import count_parameters
 from puzzle_research.core.runs import Run
 
+pytestmark = pytest.mark.slow   # until a full run is published: its weights are those of a quick run
+
 PUZZLE = Path(sys.executable).with_name('puzzle')
 SECOND = np.arange(RATE)/RATE
 

@@ -1,12 +1,10 @@
 "Templates, splits, packing, mixing, overlap, broken text. The lessons are in nbs/lm/01_corpus.ipynb."
-import json, os, time
+import os, time
 from pathlib import Path
 
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest, torch
 
-from puzzle_research.core.config import root
-from puzzle_research.lm.corpus import (BUNDLED, BUNDLED_ROWS, END, PARTS, PAD, SECOND, STAGES, START, TASKS, Mixture, _encode, adapt, articles, best_fit, build_corpus, bundled_rows, overlap, pack, pieces,
-    part_split, records, shares, task, train_tokenizer)
+from puzzle_research.lm.corpus import (BUNDLED, BUNDLED_ROWS, END, PAD, STAGES, START, TASKS, Mixture, _encode, adapt, articles, best_fit, build_corpus, bundled_rows, overlap, pack, part_split, records, shares, train_tokenizer)
 
 REAL = Path(os.environ.get('PUZZLE_DATA', '/nowhere'))/'gsm8k'
 

@@ -1,12 +1,11 @@
 "Scores with known answers, and a sandbox that holds. The lessons are in nbs/lm/05_evaluate.ipynb."
-import math, os, sys, time
-from pathlib import Path
+import math, os, time
 
 import numpy as np, pytest, torch
 
 from puzzle_research.lm import evaluate as E
 from puzzle_research.lm.corpus import END, START, pack, records, train_tokenizer
-from puzzle_research.lm.evaluate import (SandboxUnavailable, bits_per_byte, byte_baselines, choose, evaluate_sets, exact_match, final_number, halting_curve, last_word, loglikelihoods, pass_at_1, run_program,
+from puzzle_research.lm.evaluate import (SandboxUnavailable, bits_per_byte, byte_baselines, choose, exact_match, final_number, halting_curve, last_word, loglikelihoods, pass_at_1, run_program,
     split_last_word, token_bytes)
 from puzzle_research.lm.titans_mag import TitansMAG
 from puzzle_research.lm.trm import RecursiveLM

@@ -5,7 +5,7 @@ import pytest, torch, torch.nn.functional as F
 from torch import nn
 
 from puzzle_research.core.fit import Batches, Trainer, warmup_cosine
-from puzzle_research.lm.mugrokfast import (AdditionNet, Attention, Config, MuGrokfast, addition, better, clip_qk, note_logits, orthogonalise, parameter_groups, slow_gradient)
+from puzzle_research.lm.mugrokfast import (AdditionNet, Attention, MuGrokfast, addition, better, clip_qk, note_logits, orthogonalise, parameter_groups, slow_gradient)
 
 
 def net(seed=0): torch.manual_seed(seed); return AdditionNet(11, d=16, n_heads=2, d_ff=24)
@@ -130,7 +130,7 @@ def test_schedule_is_obeyed():
     assert equal(m, before)
     pairs, sums, *_ = addition(11, .5, 0)
     opt = MuGrokfast(m, 1e-2, adam_lr=3e-3)
-    t = Trainer(m, lambda m, b, t: F.cross_entropy(m(b[0]), b[1]), Batches(pairs, sums, batch_size=32), opt, schedule=warmup_cosine(.1), device='cpu').fit(20)
+    Trainer(m, lambda m, b, t: F.cross_entropy(m(b[0]), b[1]), Batches(pairs, sums, batch_size=32), opt, schedule=warmup_cosine(.1), device='cpu').fit(20)
     rates = [g['lr'] for g in opt.param_groups]
     assert rates[1]/rates[0] == pytest.approx(.3) and 0 < rates[0] < 1e-3
 

@@ -5,7 +5,7 @@ import pytest, torch, torch.nn.functional as F
 
 from puzzle_research.core.quantize import count_parameters
 from puzzle_research.lm.mugrokfast import MuGrokfast, parameter_groups
-from puzzle_research.lm.titans_mag import (SEED, Attention, DecayMemory, NeuralMemory, TitansMAG, empty_memory, first_of_document, memory_loop, memory_scan, positions, visible)
+from puzzle_research.lm.titans_mag import (SEED, TitansMAG, empty_memory, first_of_document, memory_loop, memory_scan, positions, visible)
 
 NANO = dict(vocab=40, d=32, layers=2, n_heads=2, d_ff=48, window=8, d_mem=16, mag_hidden=8, chunk=8)
 KINDS = [dict(memory='titans', memory_heads=2), dict(memory='titans', surprise_threshold=.4, capacity=6.), dict(memory='decay'), dict(memory='decay', capacity=5., surprise_threshold=.8),

@@ -97,7 +97,7 @@ def test_halting_saves_the_computation():
     m, t = build(cycles=3), text(B=4); rows = []
     m.recursion.refiner.register_forward_hook(lambda mod, a, out: rows.append(out.shape[0]*out.shape[1]))
     work = {}
-    for threshold in (0., .4, 1.): rows.clear(); n = m.read(t, threshold=threshold)[1]; work[threshold] = sum(rows)
+    for threshold in (0., .4, 1.): rows.clear(); m.read(t, threshold=threshold)[1]; work[threshold] = sum(rows)
     assert work[1.] == 0 < work[.4] < work[0.] == 4*40*3*2
 
 
