@@ -5,7 +5,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from puzzle_research.core.config import from_text, nearest, notebook_parameters, root, system_of
+from puzzle_research.core.config import from_text, nearest, notebook_of, notebook_parameters, root, system_of
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help='Train, report and use the puzzle codecs and models. Notebooks in nbs/ are the source of truth.')
@@ -17,8 +17,9 @@ class Usage(Exception): "Something typed that cannot be: one line, exit 2."
 
 
 def _notebook(name:str) -> Path:
-    "A path, or a system's name or number: `01_vision_puzzle`, `vision_puzzle`, `01`."
+    "A path, or a system's name or number: `01_vision_puzzle`, `vision_puzzle`, `01`, `lm_mugrokfast`."
     if Path(name).is_file(): return Path(name).resolve()
+    if notebook_of(name).is_file(): return notebook_of(name)
     known = {p.stem: p for p in sorted((root()/'nbs').glob('[0-9]*_*.ipynb'))}
     stem = Path(name).stem
     hits = [p for k, p in known.items() if stem in (k, k.split('_', 1)[1], k.split('_', 1)[0])]

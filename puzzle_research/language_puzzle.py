@@ -69,7 +69,7 @@ NUMBERS = 38_000 # of alphabet and word list: with the weights at most 76,896
 PRESETS = {
     'test': dict(data='auto', train_characters=60_000, published_steps=4, cells_steps=4, steps=4, test_windows=24, lexicon_numbers=3000, batch_size=16),
     'quick': dict(data='auto', lexicon_numbers=NUMBERS, batch_size=128, train_characters=3_000_000, published_steps=300, cells_steps=100, steps=250, test_windows=300),
-    'full': dict(data='real', lexicon_numbers=NUMBERS, batch_size=128, train_characters=0, published_steps=26_685, cells_steps=1000, steps=6000, test_windows=0),
+    'full': dict(data='real', lexicon_numbers=NUMBERS, batch_size=128, train_characters=0, published_steps=26_685, cells_steps=1000, steps=3000, test_windows=0),
     ('seed_large', 'quick'): dict(published_steps=60), ('seed_large', 'full'): dict(published_steps=5337),
 }
 BOUNDS = dict(seed=(0, 2**31 - 1), train_characters=(0, None), commitment=(0, None), published_batch=(1, None), published_steps=(1, None), cells_steps=(1, None),
@@ -707,7 +707,7 @@ class LanguagePuzzle(nn.Module):
         for i in range(0, len(texts), self.lanes):
             rows = order[i:i + self.lanes]
             keep(rows, *write_modelled(exact, [texts[r] for r in rows]))
-            rows = np.array([r for r in rows if used[r] > CELLS and len(texts[r]) <= 148], int)
+            rows = np.array([r for r in rows if used[r] > CELLS and len(texts[r]) <= 147], int)
             if len(rows): keep(rows, *write_raw([texts[r] for r in rows]))
         return digits, used
 
@@ -721,7 +721,7 @@ def encode(self:LanguagePuzzle, texts): # list of str -> uint8 (B, 30, 30)
     digits, used = self._digits(texts) if long is None else (None, np.array([CELLS + 1]*(long + 1)))
     if (used > CELLS).any():
         i = long if long is not None else int((used > CELLS).argmax())
-        raise ValueError(f'text {i} has {len(texts[i]):,} characters and needs more than the {CELLS} cells of a puzzle; cut it into shorter ones, as encode_file does (any 148 characters fit, and more than a thousand of plain English)')
+        raise ValueError(f'text {i} has {len(texts[i]):,} characters and needs more than the {CELLS} cells of a puzzle; cut it into shorter ones, as encode_file does (any 147 characters fit, and more than a thousand of plain English)')
     return from_digits(digits) if len(texts) else torch.zeros(0, 30, 30, dtype=torch.uint8)
 
 @patch
@@ -1173,10 +1173,10 @@ def draw(run):
     figure = lambda name, fig, caption: (run.figure(name, fig, caption), plt.close(fig))
     if cfg.recipe == 'best':
         s, codec = load_state(run.dir/'test.safetensors'), LanguagePuzzle.from_pretrained(run.dir/'codec.safetensors')
-        used, some = cells_used(s['puzzles']).numpy(), np.linspace(0, len(text.test) - 1, 60).astype(int)
+        used, some = cells_used(s['puzzles']).numpy(), np.linspace(0, len(text.test) - 1, min(60, len(text.test)//2)).astype(int)
         figure('cells', draw_cells(used, s['ok'], s['cells'], s['vq']), 'Test windows that come back exactly, against the cells they may use. Baselines as information or whole bytes, ours as real puzzles.')
         figure('bits', draw_bits(run.summary), 'Bits a character of test windows coded alone; grey: estimates from the literature, for other English texts with long contexts.')
-        figure('puzzles', draw_puzzles_of(codec, [text.test[i] for i in some[::20]], s['puzzles'][some[::20]]), 'Test windows and their puzzles. The darker a character, the more digits it cost (2.4 and more: darkest).')
+        figure('puzzles', draw_puzzles_of(codec, [text.test[i] for i in some[::max(1, len(some)//3)][:3]], s['puzzles'][some[::max(1, len(some)//3)][:3]]), 'Test windows and their puzzles. The darker a character, the more digits it cost (2.4 and more: darkest).')
         figure('one_cell', draw_one_cell(codec, load_cells(run, codec.model.lexicon, 7), [text.test[i] for i in some], s['puzzles'][some]), 'One cell changed by one. Green characters are right. Ours loses what is read after it; a plain VQ with independent cells loses a few characters.')
         figure('longest', draw_longest(s['along']), 'Running test text from several places: cells needed, up to the 900 of one puzzle.')
     figure('published', draw_copies(published, text.test[1:4]), 'The published design: windows, their puzzles (30 digits, copied; the large one: 16 vectors, stretched), and what it reads from them. Green is right; spaces cannot come back.')

@@ -10,9 +10,9 @@ __all__ = ['PARTS', 'FAMILIES', 'PRESETS', 'BOUNDS', 'CHOICES', 'Config', 'N', '
            'StateNet', 'DualPathway', 'parts', 'normal_kl', 'Pathway', 'pathways_of_pair', 'draw_operations', 'joint',
            'to_uniform', 'coverage_of', 'draw_coverage', 'shares', 'permeability', 'cycle', 'alignment_weight',
            'temperature_a', 'temperature_b', 'beta_a', 'beta_b', 'rate_stage', 'kl_free_bits', 'reconstruction_loss',
-           'output_entropy', 'repulsion', 'histogram_entropy', 'gaussian_entropy', 'Controller', 'balance',
-           'start_epoch', 'steer', 'watch_gradients', 'before_fit', 'after_fit', 'pair_terms', 'pair_loss', 'weigh',
-           'measure', 'choice', 'Clock', 'Snapshots', 'EveryRow', 'watch_pair', 'index_of_modes', 'Patience',
+           'log_total', 'output_entropy', 'Kernel', 'repulsion', 'histogram_entropy', 'gaussian_entropy', 'Controller',
+           'balance', 'start_epoch', 'steer', 'watch_gradients', 'before_fit', 'after_fit', 'pair_terms', 'pair_loss',
+           'weigh', 'measure', 'choice', 'Clock', 'Snapshots', 'EveryRow', 'watch_pair', 'index_of_modes', 'Patience',
            'train_pair', 'binary_entropy', 'fano_rate', 'one_entry', 'best_gaussian', 'frontier', 'draw_frontier',
            'SharedCode', 'mixture_rate', 'categorical', 'pathways_of_code', 'pathways', 'exact_marginal', 'shared_loss',
            'watch_code', 'train_code', 'solved', 'on_few', 'train_attempts', 'build', 'stage', 'vary', 'pair_row',
@@ -277,16 +277,31 @@ def kl_free_bits(mu, logvar, free, fixes): # -> scalar, nats
     return kl.mean(0).clamp(min=free).sum() if fixes else kl.clamp(min=free).sum(1).mean()
 
 def reconstruction_loss(logits, classes): # (B, 9, 3), (B, 9) -> nats an operation
-    return F.cross_entropy(logits.flatten(0, 1), classes.flatten(), reduction='sum')/len(classes)
+    return (log_total(logits).sum() - logits.gather(-1, classes[..., None]).sum())/len(classes)
+
+def log_total(logits): # (..., 3) -> (...): logsumexp; over so few classes the library's takes ten times as long
+    a, b, c = logits.unbind(-1)
+    return torch.logaddexp(torch.logaddexp(a, b), c)
 
 def output_entropy(logits):
-    p = logits.softmax(-1).mean(0)
+    p = (logits - log_total(logits)[..., None]).exp().mean(0)
     return -(p*(p + 1e-10).log()).sum()
 
+class Kernel(torch.autograd.Function):
+    "Sum over all pairs of exp(-d^2/sigma^2), (n, d) -> scalar. The gradient is one product: no other n x n array."
+    @staticmethod
+    def forward(ctx, z, sigma):
+        a = z*(2**.5/sigma); s = -.5*a.square().sum(1)
+        k = torch.addmm(s, a, a.T).add_(s[:, None]).clamp_(-80, 0).exp_()                    # e^-80 and less cost time as denormal numbers
+        ctx.save_for_backward(z, k); ctx.sigma = sigma
+        return k.sum()
+    @staticmethod
+    def backward(ctx, g):
+        z, k = ctx.saved_tensors
+        return g*4/ctx.sigma**2*(k @ z - k.sum(1, keepdim=True)*z), None
+
 def repulsion(z, sigma=.5): # mean over pairs of exp(-d^2/sigma^2)
-    n, size = len(z), z.square().sum(1)
-    d2 = (size[:, None] + size - 2*z @ z.T).clamp(min=0, max=80*sigma**2)                # e^-80 and less cost time as denormal numbers
-    return ((-d2/sigma**2).exp().sum() - n)/max(1, n*(n - 1))
+    return (Kernel.apply(z, sigma) - len(z))/max(1, len(z)*(len(z) - 1))
 
 def histogram_entropy(z, bins=50): # (B, d) -> nats, mean over dimensions; no gradient
     "50 bins on [-3, 3]; what lies outside is left out, as published."

@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['PRESETS', 'CHOICES', 'BOUNDS', 'Config', 'SIZES', 'COLOUR', 'WAVELET', 'DCT', 'ZIGZAG', 'UNZIGZAG', 'PHASES', 'TAPS',
            'PAIRS', 'CELLS', 'HEADER', 'STEPS', 'OCTAVES', 'BUDGET', 'TOTAL', 'MAXK', 'ROWS', 'NEXT', 'QUANTISER',
-           'FROM', 'TRIES', 'WEIGHTS', 'KNOWN', 'BARS', 'open_images', 'planes', 'unplanes', 'resize', 'block',
-           'PublishedVAE', 'published_loss', 'legacy', 'improvement', 'anchor_table', 'dct_matrix', 'wavelet_matrix',
-           'to_opponent', 'to_rgb', 'split', 'join', 'to_base', 'from_base', 'analyse', 'to_phases', 'from_phases',
-           'leaky', 'relative', 'level', 'ContextModel', 'bits_of', 'rounded', 'guess_step', 'context_loss', 'act',
-           'ExactModel', 'row_of', 'logistic_heads', 'frequencies', 'Tables', 'base_shift', 'Quantiser', 'Stream',
-           'write', 'log_step_of', 'Polish', 'VisionPuzzle', 'learned_numbers', 'first_index', 'check_images',
-           'mirrored', 'mirrored_near_step', 'batches', 'often', 'build', 'watch_published', 'train_published',
-           'watch_context', 'train_context', 'census', 'calibrate', 'decoder_view', 'polish_loss', 'train_polish',
-           'train', 'load_codec', 'through_digits', 'metric', 'published_codec', 'legacy_metrics', 'fidelity_metrics',
-           'FirstBetter', 'race', 'criteria', 'evaluate', 'summarise', 'notes', 'draw_reconstructions', 'draw_plane',
-           'draw_training', 'draw_usage', 'one_digit', 'draw_one_digit', 'draw', 'open_picture', 'to_tiles',
-           'from_tiles', 'weights_id', 'encode_file', 'decode_file']
+           'FROM', 'POWERS', 'TRIES', 'WEIGHTS', 'KNOWN', 'BARS', 'open_images', 'planes', 'unplanes', 'resize',
+           'block', 'PublishedVAE', 'published_loss', 'legacy', 'improvement', 'anchor_table', 'dct_matrix',
+           'wavelet_matrix', 'to_opponent', 'to_rgb', 'split', 'join', 'to_base', 'from_base', 'analyse', 'to_phases',
+           'from_phases', 'leaky', 'relative', 'level', 'ContextModel', 'bits_of', 'rounded', 'guess_step',
+           'context_loss', 'act', 'ExactModel', 'row_of', 'logistic_heads', 'frequencies', 'Tables', 'base_shift',
+           'power', 'Quantiser', 'Stream', 'write', 'log_step_of', 'Polish', 'VisionPuzzle', 'learned_numbers',
+           'first_index', 'check_images', 'mirrored', 'mirrored_near_step', 'batches', 'often', 'build',
+           'watch_published', 'train_published', 'watch_context', 'train_context', 'census', 'calibrate',
+           'decoder_view', 'polish_loss', 'train_polish', 'train', 'load_codec', 'through_digits', 'metric',
+           'published_codec', 'legacy_metrics', 'fidelity_metrics', 'FirstBetter', 'race', 'criteria', 'evaluate',
+           'summarise', 'notes', 'draw_reconstructions', 'draw_plane', 'draw_training', 'draw_usage', 'one_digit',
+           'draw_one_digit', 'draw', 'open_picture', 'to_tiles', 'from_tiles', 'weights_id', 'encode_file',
+           'decode_file']
 
 # %% ../nbs/01_vision_puzzle.ipynb #c003
 import hashlib, math, time
@@ -445,6 +446,9 @@ def base_shift(log_scale):
     "Low bits of a base coefficient that are sent evenly, so that the rest has a scale below 8."
     return torch.floor(log_scale - 2).clamp(0, 7)
 
+POWERS = torch.tensor([1., 2, 4, 8, 16, 32, 64, 128])
+def power(shift): return torch.take(POWERS, shift.long()).to(shift) # 2^shift from a table: exp2's last bit is the machine's affair
+
 class Quantiser:
     "The encoder's visitor: picks integers by rate and distortion, keeps symbols and bits."
     def __init__(self, base, details, tables, tradeoff):
@@ -456,7 +460,7 @@ class Quantiser:
 
     def base(self, j, mean, log_scale): # -> (B,)
         shift = base_shift(log_scale)
-        unit, row = torch.exp2(shift), row_of(log_scale - shift)
+        unit, row = power(shift), row_of(log_scale - shift)
         k = torch.round(self.z[:, j] - mean)
         high = torch.floor(k/unit)
         self.peak = torch.maximum(self.peak, high.abs())
@@ -525,7 +529,7 @@ class Stream:
     def base(self, j, mean, log_scale):
         shift = base_shift(log_scale)
         high = self.read(row_of(log_scale - shift)) - MAXK
-        return high*torch.exp2(shift) + self.read(2*ROWS + shift.long())
+        return high*power(shift) + self.read(2*ROWS + shift.long())
 
     def detail(self, s, band, phase, mean, log_scale):
         row, out = row_of(log_scale), torch.zeros_like(mean)

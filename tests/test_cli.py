@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from puzzle_research.cli import join_params
+from puzzle_research.cli import _notebook, join_params
 from puzzle_research.core.config import notebook_of, root, system_of
 from puzzle_research.core.runs import Run
 
@@ -66,5 +66,6 @@ def test_ctrl_c_ends_the_run_truthfully(tmp_path):
 
 def test_a_notebook_in_a_folder_is_a_system_too():
     for notebook, system in ((root()/'nbs'/'01_vision_puzzle.ipynb', '01_vision_puzzle'), (root()/'nbs'/'core'/'04_fit.ipynb', 'core_fit')):
-        assert system_of(notebook) == system and notebook_of(system) == notebook
+        assert system_of(notebook) == system and notebook_of(system) == notebook == _notebook(system)
+    assert _notebook('lm_mugrokfast') == root()/'nbs'/'lm'/'04_mugrokfast.ipynb' and _notebook('02') == root()/'nbs'/'02_audio_puzzle.ipynb'
     assert system_of(Path('/elsewhere/04_mine.ipynb')) == '04_mine'

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'FIRST', 'SECOND', 'STAGES', 'NAMES', 'THINGS', 'PLACES', 'MOODS', 'BECAUSE', 'BUNDLED_ROWS', 'BUNDLED',
-           'BUNDLED_STAGES', 'log', 'HEADING', 'PAD', 'START', 'END', 'SPECIALS', 'WORD', 'PARTS', 'gsm8k', 'svamp',
-           'asdiv', 'hotpotqa', 'piqa', 'hellaswag', 'strategyqa', 'boolq', 'drop', 'codexglue', 'wikitext', 'arc',
-           'mbpp', 'Task', 'story', 'problem', 'riddle', 'snippet', 'bundled_rows', 'tale', 'task', 'decode_record',
-           'open_records', 'records', 'part_split', 'articles', 'Tokenizer', 'train_tokenizer', 'pieces', 'best_fit',
-           'Packed', 'pack', 'overlap', 'Corpus', 'gather', 'adapt', 'build_corpus', 'announce', 'shares', 'Mixture']
+           'BUNDLED_STAGES', 'log', 'HEADING', 'PAD', 'START', 'END', 'SPECIALS', 'CHUNK', 'ODD', 'WORD', 'PARTS',
+           'gsm8k', 'svamp', 'asdiv', 'hotpotqa', 'piqa', 'hellaswag', 'strategyqa', 'boolq', 'drop', 'codexglue',
+           'wikitext', 'arc', 'mbpp', 'Task', 'story', 'problem', 'riddle', 'snippet', 'bundled_rows', 'tale', 'task',
+           'decode_record', 'open_records', 'records', 'part_split', 'articles', 'Tokenizer', 'train_tokenizer',
+           'pieces', 'best_fit', 'Packed', 'pack', 'overlap', 'Corpus', 'gather', 'adapt', 'build_corpus', 'announce',
+           'shares', 'Mixture']
 
 # %% ../../nbs/lm/01_corpus.ipynb #c003
 import hashlib, json, logging, os, re, time
@@ -226,13 +227,21 @@ def articles(rows:list) -> list:
 PAD, START, END = 0, 1, 2
 SPECIALS = ['<|pad|>', '<|start|>', '<|end|>']
 
+CHUNK = re.compile(r' ?\S+|\s+(?!\S)|\s+') # the pre-tokenizer cuts at each of these borders too, so a chunk's tokens do not depend on its neighbours
+ODD = re.compile('[\x1c-\x1f]')            # space to Python, none to the pre-tokenizer
+
 class Tokenizer:
-    "Byte-level BPE. Made by `train_tokenizer`, or read from the JSON of `save`."
-    def __init__(self, inner): self.inner = inner
+    "Byte-level BPE. Made by `train_tokenizer`, or read from the JSON of `save`. What looks like a special token in a text is text."
+    def __init__(self, inner): self.inner, self.known = inner, {}; inner.encode_special_tokens = True
     @property
     def size(self): return self.inner.get_vocab_size() # entries, the three special ones among them
     def encode(self, text:str) -> list: return self.inner.encode(text, add_special_tokens=False).ids
-    def encode_batch(self, texts:list) -> list: return [e.ids for e in self.inner.encode_batch_fast(texts, add_special_tokens=False)]
+    def encode_batch(self, texts:list) -> list: # of uint16 arrays
+        "As `encode` of each. Words come again and again: each distinct one is encoded once."
+        chunks = [[t] if ODD.search(t) else CHUNK.findall(t) for t in texts]
+        new = list(set().union(*chunks) - self.known.keys())
+        self.known.update(zip(new, (np.array(e.ids, np.uint16).tobytes() for e in self.inner.encode_batch_fast(new, add_special_tokens=False))))
+        return [np.frombuffer(b''.join(map(self.known.__getitem__, c)), np.uint16) for c in chunks]
     def decode(self, ids) -> str: return self.inner.decode([int(i) for i in ids], skip_special_tokens=True)
     def json(self) -> str: return self.inner.to_str()
     def save(self, path): Path(path).write_text(self.json())
@@ -288,7 +297,8 @@ class Packed:
 
 def pack(prompts:list, answers:list, T:int, text_bytes:int=0, seed:int=0) -> Packed:
     "Token lists of prompts and answers, packed into rows of T in a seeded order."
-    ids = [np.array([START, *p, *a, END], np.uint16) for p, a in zip(prompts, answers)]
+    start, end = np.array([START], np.uint16), np.array([END], np.uint16)
+    ids = [np.concatenate([start, np.asarray(p, np.uint16), np.asarray(a, np.uint16), end]) for p, a in zip(prompts, answers)]
     borders = [1 + len(p) for p in prompts]
     parts = [(i, a, b) for i in np.random.default_rng(seed).permutation(len(ids)) for a, b in pieces(len(ids[i]), T)]
     lengths = np.array([b - a for _, a, b in parts], np.int64)

@@ -117,8 +117,8 @@ def exact_match(model, tok, rows:list, train:list=(), n:int=None, max_new:int=12
 
 # %% ../../nbs/lm/05_evaluate.ipynb #c023
 def split_last_word(text:str) -> tuple|None: # (all before, the word with its space), None where there is none
-    m = re.fullmatch(r'(.*\s\S.*?)(\s\w+)\W*', text.strip(), re.S)
-    return (m[1], m[2]) if m else None
+    text = text.strip(); m = re.search(r'\s\w+(?=\W*$)', text)
+    return (text[:m.start()], m[0]) if m and re.search(r'\s\S', text[:m.start()]) else None
 
 @torch.no_grad()
 def last_word(model, tok, rows:list, train:list=(), n:int=None, limit:int=2048) -> dict: # accuracy, constant, n

@@ -33,8 +33,8 @@ train_share:float = 0.3 # of all pairs; the others are validation
 batch_size:int = None # pairs a step
 max_steps:int = None # after which a leg is given up
 weight_decay:float = 1.0 # of every optimizer, decoupled
-lamb:float = 0.5 # weight of the slow gradient, Grokfast's lambda (the paper's 2 is slower here, see the log)
-alpha:float = 0.98 # memory of the slow gradient
+lamb:float = 0.2 # weight of the slow gradient, Grokfast's lambda (the paper's 2 is slower here, see the log)
+alpha:float = 0.9 # memory of the slow gradient (the paper's .98 is slower here)
 qk_clip:float = 30.0 # largest attention logit that MuGrokfast leaves alone
 
 # %% ../../nbs/lm/04_mugrokfast.ipynb #c006
@@ -240,7 +240,7 @@ def addition(p:int, train_share:float, seed:int): # -> pairs (p*p, 2), sums (p*p
     return pairs, pairs.sum(1) % p, order[:n], order[n:]
 
 # %% ../../nbs/lm/04_mugrokfast.ipynb #c056
-RATES = (1e-2, 3e-3, 3e-2, 1e-3) # tried in this order
+RATES = (1e-2, 2e-2, 3e-3, 3e-2) # tried in this order
 
 def _ours(model, lr, cfg, **kw):
     opt = MuGrokfast(model, lr, betas=(.9, .98), weight_decay=cfg.weight_decay, **kw)
