@@ -13,7 +13,7 @@ test: install ## everything CI runs
 	@$(BIN)/python tools/prepare.py --check
 	@$(BIN)/ruff check . || { echo 'mend with: .venv/bin/ruff check --fix .'; exit 1; }
 	@OMP_NUM_THREADS=1 PUZZLE_RUNS=$$(mktemp -d) $(BIN)/nbdev_test --timing --n_workers 2 || { echo 'mend with: open the notebook named above (make lab), fix the cell, make prepare'; exit 1; }
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations 20 || { echo 'mend with: .venv/bin/python -m pytest --lf -x'; exit 1; }
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20 || { echo 'mend with: .venv/bin/python -m pytest --lf -x'; exit 1; }
 lab: install ## JupyterLab with the kernel registered
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name python3
 	$(BIN)/jupyter lab nbs
