@@ -1,7 +1,7 @@
 """All that a commit needs: export the notebooks, refresh outputs of those whose code changed, clean them, render the README.
 
 `--check` changes nothing and says what is out of step; `--no-run` leaves stale outputs as they are."""
-import argparse, base64, io, json, os, sys, tempfile
+import argparse, base64, hashlib, io, json, os, sys, tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +46,13 @@ def readme():
     return '<!-- rendered from nbs/index.ipynb by tools/prepare.py; edit that -->\n\n' + text + '\n'
 
 
-def stale(path): return json.loads(path.read_text())['metadata'].get('executed') != notebook_hash(path)
+def state(path):
+    "Hash of what a notebook's outputs come from: its code, and for the index the published summaries that it shows."
+    shown = sorted((ROOT/'reports'/'summaries').glob('*.json')) if path.name == 'index.ipynb' else []
+    return hashlib.sha256(notebook_hash(path).encode() + b''.join(p.read_bytes() for p in shown)).hexdigest()[:16] if shown else notebook_hash(path)
+
+
+def stale(path): return json.loads(path.read_text())['metadata'].get('executed') != state(path)
 
 
 def small_png(text):
@@ -72,7 +78,7 @@ def execute(path):
     print(f'running {path.relative_to(ROOT)}', flush=True)
     nb = nbformat.read(path, 4)
     NotebookClient(nb, timeout=1800, kernel_name='python3', extra_arguments=['--IPKernelApp.log_level=ERROR'], resources=dict(metadata=dict(path=str(path.parent)))).execute()
-    nb.metadata['executed'] = notebook_hash(path)
+    nb.metadata['executed'] = state(path)
     nbformat.write(shrink(nb), path)
 
 
@@ -107,7 +113,7 @@ def findings(paths):
     for p in paths:
         name = p.relative_to(ROOT)
         if cleaned(p) != p.read_text(): yield f'{name}: not clean'
-        if stale(p): yield f'{name}: outputs are older than its code'
+        if stale(p): yield f'{name}: outputs are older than its code or what it shows'
         if is_system(p) and not any('parameters' in c['metadata'].get('tags', []) for c in json.loads(p.read_text())['cells']):
             yield f'{name}: no cell is tagged `parameters`'
     yield from out_of_step(paths)
