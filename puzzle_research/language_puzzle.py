@@ -1173,10 +1173,11 @@ def draw(run):
     figure = lambda name, fig, caption: (run.figure(name, fig, caption), plt.close(fig))
     if cfg.recipe == 'best':
         s, codec = load_state(run.dir/'test.safetensors'), LanguagePuzzle.from_pretrained(run.dir/'codec.safetensors')
-        used, some = cells_used(s['puzzles']).numpy(), np.linspace(0, len(text.test) - 1, min(60, len(text.test)//2)).astype(int)
+        used, some = cells_used(s['puzzles']).numpy(), np.linspace(0, len(text.test) - 1, min(24, len(text.test)//2)).astype(int)
+        three = some[[0, len(some)//3, 2*len(some)//3]]
         figure('cells', draw_cells(used, s['ok'], s['cells'], s['vq']), 'Test windows that come back exactly, against the cells they may use. Baselines as information or whole bytes, ours as real puzzles.')
         figure('bits', draw_bits(run.summary), 'Bits a character of test windows coded alone; grey: estimates from the literature, for other English texts with long contexts.')
-        figure('puzzles', draw_puzzles_of(codec, [text.test[i] for i in some[::max(1, len(some)//3)][:3]], s['puzzles'][some[::max(1, len(some)//3)][:3]]), 'Test windows and their puzzles. The darker a character, the more digits it cost (2.4 and more: darkest).')
+        figure('puzzles', draw_puzzles_of(codec, [text.test[i] for i in three], s['puzzles'][three]), 'Test windows and their puzzles. The darker a character, the more digits it cost (2.4 and more: darkest).')
         figure('one_cell', draw_one_cell(codec, load_cells(run, codec.model.lexicon, 7), [text.test[i] for i in some], s['puzzles'][some]), 'One cell changed by one. Green characters are right. Ours loses what is read after it; a plain VQ with independent cells loses a few characters.')
         figure('longest', draw_longest(s['along']), 'Running test text from several places: cells needed, up to the 900 of one puzzle.')
     figure('published', draw_copies(published, text.test[1:4]), 'The published design: windows, their puzzles (30 digits, copied; the large one: 16 vectors, stretched), and what it reads from them. Green is right; spaces cannot come back.')

@@ -372,6 +372,8 @@ def draw_rates(legs, max_steps):
             at = [k for k, l in enumerate(tried) if bool(l['reached']) == done]
             ax.loglog([x[k] for k in at], [y[k] for k in at], 'o', color=COLORS[c], mfc=None if done else 'white', label=LABELS[r] if done else None)
     ax.set(xlabel='learning rate', ylabel='steps to 99 %', title='Tuning; open: given up at this step'); ax.legend(fontsize=8)
+    ax.set_xticks(sorted(RATES), [f'{r:g}' for r in sorted(RATES)]); ax.xaxis.minorticks_off(); ax.yaxis.minorticks_off()
+    ax.set_yticks([100, 200, 500, 1000, 2000], ['100', '200', '500', '1,000', '2,000'])
     return fig
 
 def draw(run):
