@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['SPECIALIZATIONS', 'PUBLISHED', 'FEW', 'PRESETS', 'AS_PUBLISHED', 'CHOICES', 'BOUNDS', 'Config', 'KINDS', 'RATES',
            'NOTE_EVERY', 'STEP', 'EPOCH', 'FINAL', 'METRICS', 'LAMBDAS', 'ABLATIONS', 'OPTIMIZERS', 'BEHAVIOUR', 'CARD',
-           'BARS', 'PAINT', 'LABEL', 'settings', 'open_text', 'read_corpus', 'kinds', 'Course', 'course',
+           'BARS', 'PAINT', 'LABEL', 'ABLATED', 'settings', 'open_text', 'read_corpus', 'kinds', 'Course', 'course',
            'published_objective', 'copier', 'copies', 'published_model', 'Taps', 'Block', 'Loop', 'BoundedGates',
            'Unread', 'our_model', 'build', 'plain_model', 'lm_loss', 'make_optimizer', 'SlowGradient', 'note_logits_at',
            'NoteLogits', 'held_out', 'mean', 'validation', 'behaviour', 'memory_in_use', 'open_tracker', 'Meter',
            'save_weights', 'read_weights', 'fit', 'leg', 'vary', 'plain_of', 'untuned', 'recipe_of', 'tune', 'variant',
-           'ablate', 'held_out_bpb', 'by_row', 'statistic', 'interval', 'specialise', 'train', 'hand_off', 'Cognate',
-           'newest_hand_off', 'generate', 'metric', 'test_bpb', 'compared', 'word_perplexity', 'first_reach',
-           'step_seconds', 'kept_bytes', 'peak_bytes', 'evaluate', 'by_set', 'ratios', 'costs', 'contrasts', 'distinct',
-           'differences', 'copying', 'summarise', 'notes', 'some_text', 'watched', 'draw_stages', 'draw_race',
-           'draw_text', 'draw_tokens', 'draw_lens', 'draw_halting', 'draw_diversity', 'draw_ablations', 'draw']
+           'ablate', 'ablated', 'held_out_bpb', 'by_row', 'statistic', 'interval', 'specialise', 'train', 'hand_off',
+           'Cognate', 'newest_hand_off', 'generate', 'metric', 'test_bpb', 'compared', 'word_perplexity', 'first_reach',
+           'step_seconds', 'kept_bytes', 'peak_bytes', 'evaluate', 'ratios', 'costs', 'contrasts', 'distinct',
+           'differences', 'ablations', 'copying', 'summarise', 'notes', 'some_text', 'watched', 'draw_stages',
+           'draw_race', 'draw_text', 'draw_tokens', 'draw_lens', 'draw_halting', 'draw_diversity', 'draw_ablations',
+           'draw', 'draw_seeds']
 
 # %% ../nbs/06_cognate.ipynb #c003
 import json, math, os, time
@@ -73,7 +74,7 @@ clip:float = 1.0 # largest norm of the gradient
 tune_steps:int = None # of each training that tunes a rate for the comparison; 0: the rates above, not tuned
 compare:bool = None # train the plain transformer with AdamW and our model with Muon beside the main one
 diversity_steps:int = None # of each specialisation, and of one more seed; 0: none
-ablation_steps:int = 0 # of each ablation; 0: none
+ablation_steps:int = None # of each ablation; 0: none
 log_every:int = None # steps between two rows of the 37 metrics
 eval_rows:int = None # rows of each test set that bits per byte are measured on
 eval_items:int = None # records of each test set for choices and generated answers
@@ -90,14 +91,14 @@ PUBLISHED = dict(reasoning=dict(halt_threshold=.95, capacity=4096., surprise_thr
                  speed=dict(halt_threshold=.99, capacity=2048., surprise_threshold=.3, seed=2023)) # of recipe seed; the threshold now means what it says: the highest halts soonest
 FEW = 'gsm8k,svamp,mbpp,arc_easy,hotpotqa,strategyqa,wikitext2'
 PRESETS = {
-    'test': dict(data='bundled', sets='all', vocab=384, length=64, width=32, layers=1, heads=2, cycles=2, dropout=0., batch_size=4, steps=6, epochs=2, tune_steps=2, compare=True, diversity_steps=2, log_every=2, eval_rows=2, eval_items=2, precision='no', compile=False),
-    'quick': dict(data='auto', sets=FEW, vocab=1024, length=128, width=64, layers=2, heads=2, cycles=1, dropout=0., batch_size=16, steps=80, epochs=4, tune_steps=0, compare=True, diversity_steps=20, log_every=5, eval_rows=6, eval_items=8, precision='no', compile=False),
-    'small': dict(data='auto', sets='all', vocab=2048, length=256, width=96, layers=4, heads=4, cycles=1, dropout=0., batch_size=16, steps=320, epochs=10, tune_steps=50, compare=True, diversity_steps=40, log_every=10, eval_rows=24, eval_items=50, precision='no', compile=False),
-    'full': dict(data='real', sets='all', vocab=16_384, length=512, width=384, layers=9, heads=6, cycles=1, dropout=.1, batch_size=16, steps=9000, epochs=10, tune_steps=0, compare=True, diversity_steps=300, log_every=50, eval_rows=200, eval_items=200, precision='bf16', compile=True),
+    'test': dict(data='bundled', sets='all', vocab=384, length=64, width=32, layers=1, heads=2, cycles=2, dropout=0., batch_size=4, steps=6, epochs=2, tune_steps=2, compare=True, diversity_steps=2, ablation_steps=0, log_every=2, eval_rows=2, eval_items=2, precision='no', compile=False),
+    'quick': dict(data='auto', sets=FEW, vocab=1024, length=128, width=64, layers=2, heads=2, cycles=1, dropout=0., batch_size=16, steps=80, epochs=4, tune_steps=0, compare=True, diversity_steps=20, ablation_steps=0, log_every=5, eval_rows=6, eval_items=8, precision='no', compile=False),
+    'small': dict(data='auto', sets='all', vocab=2048, length=256, width=96, layers=4, heads=4, cycles=1, dropout=0., batch_size=16, steps=320, epochs=10, tune_steps=50, compare=True, diversity_steps=40, ablation_steps=60, log_every=10, eval_rows=24, eval_items=50, precision='no', compile=False),
+    'full': dict(data='real', sets='all', vocab=16_384, length=512, width=384, layers=9, heads=6, cycles=1, dropout=.1, batch_size=16, steps=9000, epochs=10, tune_steps=0, compare=True, diversity_steps=300, ablation_steps=0, log_every=50, eval_rows=200, eval_items=200, precision='bf16', compile=True),
 }
 AS_PUBLISHED = dict(vocab=32_768, width=320, layers=8, heads=5, cycles=3, dropout=.1) # of recipe seed, at every budget
 PRESETS |= {('seed', 'test'): AS_PUBLISHED | dict(length=32, batch_size=2, steps=2, compare=False, tune_steps=0, diversity_steps=0, epochs=1, log_every=1), ('seed', 'quick'): AS_PUBLISHED | dict(length=64, batch_size=2, steps=16, epochs=2, compare=False, diversity_steps=0, log_every=2, eval_rows=2, eval_items=2),
-            ('seed', 'small'): AS_PUBLISHED | dict(length=128, batch_size=4, steps=150, epochs=10, compare=False, tune_steps=0, diversity_steps=0, log_every=5, eval_rows=8, eval_items=10), ('seed', 'full'): AS_PUBLISHED | dict(length=512, batch_size=16)}
+            ('seed', 'small'): AS_PUBLISHED | dict(length=128, batch_size=4, steps=150, epochs=10, compare=False, tune_steps=0, diversity_steps=0, ablation_steps=0, log_every=5, eval_rows=8, eval_items=10), ('seed', 'full'): AS_PUBLISHED | dict(length=512, batch_size=16)}
 CHOICES = dict(budget=('test', 'quick', 'small', 'full'), specialization=tuple(SPECIALIZATIONS), optimizer=('adamw', 'muon', 'muon_grokfast', 'mugrokfast'), tracker=('none', 'wandb'), precision=('no', 'bf16'))
 BOUNDS = dict(seed=(0, 2**30), halt_threshold=(-1, 1), capacity=(-1, None), surprise_threshold=(-1, 2), vocab=(259, 65_536), length=(8, 2048), width=(8, None), layers=(1, None), heads=(1, None), cycles=(1, None), dropout=(0, .9), batch_size=(1, None), steps=(1, None), epochs=(1, None),
               rate=(1e-6, 1), embed_rate=(1e-6, 1), adamw_rate=(1e-6, 1), adamw_embed_rate=(1e-6, 1), momentum=(0, .999), lamb=(0, None), alpha=(0, 1), qk_clip=(.1, None), weight_decay=(0, None), clip=(1e-3, None), tune_steps=(0, None), diversity_steps=(0, None), ablation_steps=(0, None), log_every=(1, None), eval_rows=(1, None), eval_items=(1, None))
@@ -443,6 +444,10 @@ def ablate(cfg, run, legs, corpus, rates):
     for name, changes in ABLATIONS.items(): leg(cfg, run, legs, corpus, f'ablation_{name}', lambda: variant(cfg, **changes), recipe_of(rates, 'mugrokfast'), cfg.ablation_steps, measure=whole if name == 'whole' else None)
     for kind in OPTIMIZERS: leg(cfg, run, legs, corpus, f'ablation_{kind}', lambda: build(cfg), recipe_of(rates, kind), cfg.ablation_steps)
 
+def ablated(legs) -> dict: # {ablation: bits per byte of held-out text above the whole model}
+    whole = legs['ablation_whole']; halting = whole['without_halting']['bits_per_byte'] - whole['with_halting']['bits_per_byte']
+    return {k: legs[f'ablation_{k}']['best'] - whole['best'] for k in (*ABLATIONS, *OPTIMIZERS) if k != 'whole'} | dict(without_halting=halting)
+
 def held_out_bpb(model, corpus, cfg, threshold=None) -> dict: # bits_per_byte, cycles
     "Over the validation parts, at a threshold of its own or another."
     seen = [bits_per_byte(model, p, corpus.tokenizer, rows=max(1, cfg.eval_rows//4), threshold=threshold) for p in corpus.valid.values()]
@@ -607,25 +612,18 @@ def evaluate(cfg, run) -> dict: # summary
     "Measure the run's model and those beside it on the test parts."
     corpus, legs = open_text(cfg), run.load('legs'); device = pick_device(cfg.device)
     model = read_weights(run, 'main', build(cfg)).to(device)
-    metrics, baselines = by_set(model, corpus, cfg)
+    metrics, baselines = evaluate_sets(model, corpus, 'test', None, cfg.eval_rows, cfg.eval_items, max_new=48)
     models = dict(main=model) | {k: m.to(device) for k, m in compared(cfg, run, legs).items()}
     bpb = {k: test_bpb(m, corpus, cfg) for k, m in models.items()}
     n = sum(min(cfg.eval_rows, len(p)) for p in corpus.test.values())
     metrics = dict(bits_per_byte=metric(mean(bpb['main'].values()), 'bits per byte, mean over sets', 'min', n)) | ratios(cfg, bpb, legs, n) | metrics
     if 'wikitext2' in bpb['main']: metrics['wikitext_word_lm_perplexity'] = metric(word_perplexity(bpb['main']['wikitext2'], 'wikitext2'), 'per word and end of line', 'min', min(cfg.eval_rows, len(corpus.test['wikitext2'])))
-    metrics |= costs(cfg, corpus, legs) | differences(legs) | copying(cfg, corpus)
+    metrics |= costs(cfg, corpus, legs) | differences(legs) | ablations(cfg, legs) | copying(cfg, corpus)
     text = some_text(corpus); watch = watched(model, corpus, text)
     save_state(run.dir/'evaluated.safetensors', dict(bpb=bpb, watched=watch, halting=halting_curve(model, text, corpus.tokenizer, rows=cfg.eval_rows)))
     return summarise(cfg, corpus, legs, metrics, baselines, bpb)
 
-def by_set(model, corpus, cfg) -> tuple: # metrics, baselines
-    "What `evaluate_sets` measures; of running text bits per byte alone (its last word is sought by an expression that takes minutes on an article)."
-    running = [s for s in corpus.test if task(s).kind == 'language']; asked = [s for s in corpus.test if s not in running]
-    metrics, baselines = evaluate_sets(model, corpus, 'test', asked, cfg.eval_rows, cfg.eval_items, max_new=48) if asked else ({}, {})
-    for s in running:
-        b = bits_per_byte(model, corpus.test[s], corpus.tokenizer, rows=cfg.eval_rows); metrics[f'bits_per_byte_{s}'] = metric(b['bits_per_byte'], 'bits per byte', 'min', b['bytes'])
-        baselines[f'bits_per_byte_{s}'] = byte_baselines(text_of(records(s, 'train')), text_of(records(s, 'test')))
-    return metrics, baselines
+
 
 def ratios(cfg, bpb, legs, n) -> dict:
     ours, out = mean(bpb['main'].values()), {}
@@ -663,6 +661,10 @@ def differences(legs) -> dict: # metrics
     for s in SPECIALIZATIONS:
         for w, unit in zip(BEHAVIOUR[:3], ('cycles a token', 'share of tokens stored', 'share of capacity')): out[f'{w}_{s}'] = metric(interval(legs[f'diversity_{s}']['rows'], w)[0], unit, 'none', n)
     return out | dict(distinct_behaviours=metric(len(distinct(legs)), 'of 12 differences (three pairs, four behaviours)', 'max', n))
+
+def ablations(cfg, legs) -> dict: # metrics
+    if not cfg.ablation_steps: return {}
+    return {f'ablation_{k}': metric(v, f'bits per byte above the whole model, {cfg.ablation_steps} steps', 'none', None, split='validation') for k, v in ablated(legs).items()}
 
 def copying(cfg, corpus) -> dict:
     "The published loss by its own definition, and what it is worth."
@@ -786,13 +788,16 @@ def draw_diversity(legs):
         ax.set(title=w.replace('_', ' '), xticks=range(len(names)), xlim=(-.6, len(names) - .4)); ax.set_xticklabels([n.replace('_', '\n') for n in names], fontsize=6.5, rotation=35)
     return fig
 
-def draw_ablations(legs):
-    "Held-out bits per byte of each ablation."
-    rows = {k.removeprefix('ablation_'): l['best'] for k, l in legs.items() if k.startswith('ablation_')}; whole = rows['whole']; rows['without_halting'] = legs['ablation_whole']['without_halting']['bits_per_byte'] - legs['ablation_whole']['with_halting']['bits_per_byte'] + whole
-    order = sorted(rows, key=rows.get); fig, ax = plt.subplots(figsize=(6, .24*len(order) + .8))
-    ax.barh(order, [rows[k] - whole for k in order], color=[COLORS['blue'] if k == 'whole' else COLORS['orange'] if k in OPTIMIZERS else COLORS['sky'] for k in order]); ax.axvline(0, color='.3', lw=.8); ax.invert_yaxis()
-    for i, k in enumerate(order): ax.text(max(0, rows[k] - whole), i, f' {rows[k]:.4f}', va='center', fontsize=7.5)
-    ax.set(xlabel=f'bits per byte of held-out text above the whole model ({whole:.4f})', title=f"{legs['ablation_whole']['steps']} steps each")
+ABLATED = dict(without_memory='without memory', without_gate='without gate', without_recursion='without recursion', without_halting='without halting (all cycles)', adamw='AdamW', muon='Muon', muon_grokfast='Muon + Grokfast (no QK-clip)')
+
+def draw_ablations(seeds:list): # legs of each seed
+    "Bits per byte that each change costs: bars are means, points are seeds."
+    rows = [ablated(legs) for legs in seeds]; order = sorted(ABLATED, key=lambda k: np.mean([r[k] for r in rows]))
+    fig, ax = plt.subplots(figsize=(6.4, 2.5))
+    ax.barh([ABLATED[k] for k in order], [np.mean([r[k] for r in rows]) for k in order], color=[COLORS['orange' if k in OPTIMIZERS else 'sky'] for k in order], height=.65)
+    for i, k in enumerate(order): ax.plot([r[k] for r in rows], [i]*len(rows), 'o', ms=4, color='#222222')
+    ax.axvline(0, color='.3', lw=.8); ax.invert_yaxis(); ax.grid(axis='y', visible=False)
+    ax.set(xlabel='bits per byte of held-out text above the whole model with MuGrokfast', title=f"{seeds[0]['ablation_whole']['steps']} steps each; right of zero: the part pays")
     return fig
 
 # %% ../nbs/06_cognate.ipynb #c078
@@ -804,5 +809,12 @@ def draw(run):
                    tokens=(lambda: draw_tokens(w, cfg.cycles), 'A test text, each token on the colour of the surprise it gave the memory, of the gate, and of the cycles it took.'),
                    lens=(lambda: draw_lens(w), 'What each answer of the recursion would say next.'), halting=(lambda: draw_halting(seen['halting'], w), 'Bits per byte against mean cycles at halting thresholds (labels), and cycles of the tokens of one text.'))
     if cfg.diversity_steps: figures['diversity'] = lambda: draw_diversity(legs), f'The three specialisations after {cfg.diversity_steps} steps each on the same test rows, 95 % bootstrap intervals over rows; hollow: reasoning with another seed, that is chance.'
-    if cfg.ablation_steps: figures['ablations'] = lambda: draw_ablations(legs), f'Ablations at {cfg.ablation_steps} steps each, this run\'s seed: a part left out (light), or another optimizer (orange).'
     for name, (f, caption) in figures.items(): fig = f(); run.figure(name, fig, caption); plt.close(fig)
+    draw_seeds([run])
+
+def draw_seeds(runs):
+    "What `publish` draws over the runs of all seeds, into the first one's folder."
+    seeds = [r.load('legs') for r in runs]
+    if 'ablation_whole' not in seeds[0]: return
+    style(); fig = draw_ablations(seeds)
+    runs[0].figure('ablations', fig, f"Ablations, {seeds[0]['ablation_whole']['steps']} steps each: a part left out (blue), or another optimizer at its tuned rate (orange). Bars are means, points are seeds ({len(runs)})."); plt.close(fig)

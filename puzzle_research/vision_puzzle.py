@@ -64,7 +64,7 @@ compile:bool = None # torch.compile
 
 # %% ../nbs/01_vision_puzzle.ipynb #c006
 PRESETS = {
-    'test': dict(data='auto', published_steps=4, published_precision='no', context_steps=4, polish_steps=4, polish_images=64, valid_images=64, test_images=16, compile=False),
+    'test': dict(data='auto', published_steps=4, published_precision='no', context_steps=4, polish_steps=4, polish_images=64, valid_images=32, test_images=16, compile=False),
     'quick': dict(data='auto', published_steps=100, published_precision='no', context_steps=300, polish_steps=200, polish_images=600, valid_images=128, test_images=200, compile=False),
     'full': dict(data='real', published_steps=3740, published_precision='bf16', context_steps=2000, polish_steps=1500, polish_images=4000, valid_images=2000, test_images=0, compile=False),
 }
@@ -777,7 +777,7 @@ def train(cfg, run):
         codec = build(cfg)
         train_context(cfg, run, photos, codec)
         codec.context.cpu()
-        calibrate(codec, torch.from_numpy(photos.images[photos.fit[:min(600, len(photos.fit)//2)]]))
+        calibrate(codec, torch.from_numpy(photos.images[photos.fit[:min(600, cfg.polish_images)]]))
         train_polish(cfg, run, photos, codec)
         codec.polish.cpu(); codec.save(run.dir/'codec.safetensors')
 

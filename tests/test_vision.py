@@ -142,7 +142,7 @@ def finish(process):
 
 
 NOTEBOOK = root()/'nbs'/'01_vision_puzzle.ipynb'
-VALUES = ['-p', 'commitment', '0.15', '-p', 'budget', 'test', '-p', 'data', 'bundled', '-p', 'seed', '3', '-p', 'context_steps', '40']
+VALUES = ['-p', 'commitment', '0.15', '-p', 'budget', 'test', '-p', 'data', 'bundled', '-p', 'seed', '3', '-p', 'context_steps', '16']
 
 
 @pytest.fixture(scope='module')

@@ -7,17 +7,18 @@ __all__ = ['WORDS', 'ASIDE', 'OPS', 'ARROW', 'SIGN', 'BARS', 'KEEP', 'LINTS', 'N
            'show_given', 'baseline_kind', 'combine', 'result_table', 'collect', 'command', 'render_document', 'render',
            'write_report', 'Finding', 'lint', 'ends_before_it_starts', 'untrained_baseline_only', 'ambiguous_name',
            'ranks_one_seed', 'worse_than_first_epoch', 'chosen_on_test', 'no_unit_or_direction', 'criterion_disagrees',
-           'not_a_number', 'figure_missing', 'Refused', 'render_board', 'renew_board', 'package_weights', 'publish']
+           'not_a_number', 'figure_missing', 'Refused', 'render_board', 'renew_board', 'package_weights',
+           'draw_over_seeds', 'publish']
 
 # %% ../../nbs/core/07_report.ipynb #c002
-import json, math, re, shlex, statistics
+import importlib, json, math, re, shlex, statistics
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 
 from .config import notebook_of, root
-from .runs import read_json, read_jsonl, write_atomic, write_json
+from .runs import Run, read_json, read_jsonl, write_atomic, write_json
 
 # %% ../../nbs/core/07_report.ipynb #c008
 def show_number(v, # number, or None
@@ -447,6 +448,13 @@ def package_weights(run_dir:Path, folder:Path):
     (folder/'puzzle_research'/'weights').mkdir(parents=True, exist_ok=True)
     write_atomic(folder/'puzzle_research'/'weights'/f'{name}.safetensors', source.read_bytes())
 
+def draw_over_seeds(dirs:list):
+    "Where the system's module has `draw_seeds(runs)`, it draws what needs all seeds, into the first run's folder."
+    notebook = notebook_of(dirs[0].parent.name)
+    found = re.search(r'#\| default_exp ([\w.]+)', notebook.read_text()) if notebook.exists() else None
+    module = importlib.import_module(f'puzzle_research.{found[1]}') if found else None
+    if len(dirs) > 1 and hasattr(module, 'draw_seeds'): module.draw_seeds([Run(d) for d in dirs])
+
 def publish(run_dirs, # one folder of a run, or several that differ only in seed
     folder:Path=None # project root
 ) -> Path: # of the report
@@ -454,6 +462,7 @@ def publish(run_dirs, # one folder of a run, or several that differ only in seed
     dirs = [Path(d) for d in (run_dirs if isinstance(run_dirs, (list, tuple)) else [run_dirs])]
     bad = [f"run {m['run_id']} is {m['status']!r}, not 'ok'" for d in dirs if (m := read_json(d/'manifest.json'))['status'] != 'ok'] or [str(f) for f in lint(dirs)]
     if bad: raise Refused(f"not published, {_count(len(bad), 'finding')}:\n" + '\n'.join(f'- {b}' for b in bad))
+    draw_over_seeds(dirs)
     doc, base = collect(dirs), Path(folder or root()); name = doc['system']
     reports, figures = base/'reports', base/'figures'/name
     for d in (reports/'summaries', figures): d.mkdir(parents=True, exist_ok=True)
