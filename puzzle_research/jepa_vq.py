@@ -7,15 +7,16 @@ __all__ = ['ALONE', 'PRESETS', 'CHOICES', 'BOUNDS', 'Config', 'KEYS', 'REGULARIZ
            'PUBLISHED', 'BARS', 'Items', 'as_batch', 'of_batch', 'join', 'random_views', 'batches', 'split_tasks',
            'open_items', 'directions', 'sigreg', 'vicreg', 'visreg', 'info_nce', 'attend', 'Block', 'Encoded',
            'masked_mean', 'quantizer_of', 'Relation', 'RelationalEncoder', 'word_features', 'WordEncoder', 'Pool',
-           'relations', 'shifted', 'published_head', 'normed_head', 'JEPA', 'build', 'flat_grids', 'with_views',
-           'embeddings', 'retrieval', 'calibrated', 'test_set', 'first_of_each', 'overlap', 'score_retrieval',
-           'without_network', 'Refresh', 'Follow', 'refresh_steps', 'Plateau', 'monitor', 'valid_set', 'check_up',
-           'gradients', 'trainer', 'train', 'stages', 'trained', 'narrow', 'short_training', 'compare', 'show_collapse',
-           'draw_collapse', 'said_by_monitor', 'grid_vectors', 'attributes', 'ridge', 'probes', 'primitive_probe',
-           'metric', 'measure', 'mixed_words', 'without_words', 'retrieval_metrics', 'code_metrics', 'paces',
-           'criteria', 'evaluate', 'against_twin', 'against_published', 'summarise', 'notes', 'export_codes',
-           'draw_training', 'draw_gradients', 'draw_comparison', 'coded_objects', 'draw_vocabulary', 'draw_code_use',
-           'draw_neighbours', 'draw_answers', 'draw']
+           'relations', 'shifted', 'published_head', 'normed_head', 'JEPA', 'build', 'learned_numbers', 'flat_grids',
+           'with_views', 'embeddings', 'retrieval', 'calibrated', 'test_set', 'first_of_each', 'overlap',
+           'score_retrieval', 'without_network', 'Refresh', 'Follow', 'refresh_steps', 'Plateau', 'monitor',
+           'valid_set', 'check_up', 'gradients', 'trainer', 'train', 'stages', 'trained', 'canonical', 'whiten',
+           'narrow', 'short_training', 'compare', 'show_collapse', 'draw_collapse', 'said_by_monitor', 'grid_vectors',
+           'attributes', 'ridge', 'probes', 'primitive_probe', 'metric', 'measure', 'before_whitening', 'mixed_words',
+           'without_words', 'retrieval_metrics', 'code_metrics', 'paces', 'criteria', 'trained_metrics',
+           'probe_metrics', 'pace_metrics', 'evaluate', 'against_twin', 'against_published', 'summarise', 'notes',
+           'export_codes', 'draw_training', 'draw_gradients', 'draw_comparison', 'coded_objects', 'draw_vocabulary',
+           'draw_code_use', 'draw_neighbours', 'draw_answers', 'draw']
 
 # %% ../nbs/04_jepa_vq.ipynb #c003
 import json, math, time
@@ -67,6 +68,7 @@ pooling:str = None # of the context's grids: mean, last, attention, gru, transfo
 target:str = None # encoder of the target: ema (a slow copy) or shared (the same)
 regularizer:str = None # of embeddings: none, vicreg, sigreg, visreg
 regularizer_weight:float = None # its weight
+whitening:float = None # after training, variances of embeddings to the power 1 - finish, in closed form: 0 leaves them, 1 makes them equal
 relational_weight:float = None # of the distances between neighbouring objects; published: 0.025
 invariance:float = None # of embeddings under new colours, shifts and reflections, times the published weights
 invariance_share:float = None # part of each batch on which invariance is measured (six more passes)
@@ -77,7 +79,7 @@ candidates:int = None # grids to choose from at the test
 patience:int = 20 # epochs without a gain of min_delta in validation loss before the run stops
 min_delta:float = 0.01 # nats that count as a gain
 twin:bool = None # also train the same model without codes: what the codes cost
-published:bool = None # recipe=best: also train the published network (recipe=seed at this budget), to compare
+published:bool = None # recipe best: also train the published network at this budget, to compare
 compare_seeds:int = None # seeds of the four-way comparison in this run; 0: none
 compare_steps:int = None # optimiser steps of each of its trainings, and of the collapse shown on purpose
 alert_usage:float = 0.08 # alert below this share of the codes in use
@@ -93,9 +95,9 @@ abort_plateau:int = 20 # so many epochs without a gain end a run that early stop
 # %% ../nbs/04_jepa_vq.ipynb #c006
 ALONE = dict(twin=False, published=False, compare_seeds=0) # the published recipe compares itself with nothing
 PRESETS = {
-    'seed': dict(width=384, rate=5e-5, warmup=.69, refresh_interval=3000, refresh_usage=.1, pooling='mean', target='ema', regularizer='sigreg', regularizer_weight=.1, relational_weight=.025,
+    'seed': dict(width=384, rate=5e-5, warmup=.69, refresh_interval=3000, refresh_usage=.1, pooling='mean', target='ema', regularizer='sigreg', regularizer_weight=.1, whitening=0., relational_weight=.025,
                  invariance=1., queue=8192, temperature_min=.05, temperature_max=.20, accumulate=2, batch_size=512, twin=False, published=False, compare_seeds=0),
-    'best': dict(width=128, rate=3e-3, warmup=.06, refresh_interval=0, refresh_usage=.5, pooling='transformer', target='shared', regularizer='vicreg', regularizer_weight=8., relational_weight=0.,
+    'best': dict(width=128, rate=3e-3, warmup=.06, refresh_interval=0, refresh_usage=.5, pooling='transformer', target='shared', regularizer='vicreg', regularizer_weight=8., whitening=.95, relational_weight=0.,
                  invariance=0., queue=0, temperature_min=.02, temperature_max=.20, accumulate=1, batch_size=256),
     'test': dict(generated=80, batch_size=32, accumulate=1, epochs=2, epoch_steps=2, candidates=200, invariance_share=.25, twin=True, published=True, compare_seeds=1, compare_steps=3),
     'quick': dict(generated=3000, epochs=6, epoch_steps=25, candidates=8704, invariance_share=.125, twin=False, published=False, compare_seeds=2, compare_steps=20),
@@ -108,7 +110,7 @@ PRESETS = {
 CHOICES = dict(budget=('test', 'quick', 'small', 'full'), precision=('no', 'bf16'), quantizer=('none', 'ema', 'fsq', 'simvq', 'lfq', 'rotation'), pooling=('mean', 'last', 'attention', 'gru', 'transformer'),
                target=('ema', 'shared'), regularizer=('none', 'vicreg', 'sigreg', 'visreg'))
 BOUNDS = dict(seed=(0, 2**31 - 1), context=(3, 7), objects=(2, 64), generated=(20, None), batch_size=(2, None), accumulate=(1, None), epochs=(1, None), epoch_steps=(1, None), rate=(0, None), warmup=(0, 1), width=(16, None),
-              codebook_size=(4, None), commitment=(0, None), ema_decay=(0, 1), refresh_interval=(0, None), refresh_usage=(0, .9), regularizer_weight=(0, None), relational_weight=(0, None), invariance=(0, None),
+              codebook_size=(4, None), commitment=(0, None), ema_decay=(0, 1), refresh_interval=(0, None), refresh_usage=(0, .9), regularizer_weight=(0, None), whitening=(0, 1), relational_weight=(0, None), invariance=(0, None),
               invariance_share=(.01, 1), queue=(0, None), temperature_min=(.001, None), temperature_max=(.001, None), candidates=(16, None), patience=(1, None), min_delta=(0, None), compare_seeds=(0, None), compare_steps=(1, None),
               alert_usage=(0, 1), alert_rising=(1, None), abort_after=(0, None), abort_plateau=(0, None))
 Config = parameters(globals(), presets=PRESETS, choices=CHOICES, bounds=BOUNDS)
@@ -356,6 +358,8 @@ class JEPA(nn.Module):
         self.head = (published_head if cfg.recipe == 'seed' else normed_head)(self.encoder.out, self.DIM)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(.07)))
         self.slow = freeze(deepcopy(nn.ModuleDict(dict(encoder=self.encoder, head=self.head)))) if cfg.target == 'ema' else None
+        self.whitener = freeze(nn.ModuleDict({side: nn.Linear(self.DIM, self.DIM) for side in ('context', 'target')})) if cfg.whitening else None # set by `whiten`
+        if self.whitener is not None: self.leave()
         if cfg.queue: self.register_buffer('queue', torch.zeros(cfg.queue, self.DIM)); self.register_buffer('queued', torch.tensor(0))
         self.fresh = []
     @property
@@ -365,7 +369,12 @@ class JEPA(nn.Module):
         if self.slow is not None: self.slow.eval()
         return self
 
+    def leave(self): # embeddings as they are
+        for side in self.whitener.values(): nn.init.eye_(side.weight); nn.init.zeros_(side.bias)
+
 def build(cfg): return JEPA(cfg)
+
+def learned_numbers(model): return count_parameters(model) + (sum(p.numel() for p in model.whitener.parameters()) if model.whitener is not None else 0)
 
 # %% ../nbs/04_jepa_vq.ipynb #c066
 def flat_grids(o): return Objects(**{k: getattr(o, k).flatten(0, 1) for k in KEYS})
@@ -387,10 +396,15 @@ def slow_target(self:JEPA, o): # (B, d) of the last grid, by the slow copy
     with torch.no_grad(): return self.slow['head'](self.slow['encoder'](Objects(**{k: getattr(o, k)[:, -1] for k in KEYS}), False).grid)
 
 @patch
-def embed(self:JEPA, batch): # -> context and target embeddings (B, d), length 1; code indices of the present objects
+def sides(self:JEPA, batch): # -> context and target (B, d) before whitening; code indices of the present objects
     o = of_batch(batch); p, z, e = self.parts(o, batch['present'], False)
-    t = z[:, -1] if self.slow is None else self.slow_target(o)
-    return F.normalize(p.float(), dim=1), F.normalize(t.float(), dim=1), e.q.indices[flat_grids(o).mask]
+    return p.float(), (z[:, -1] if self.slow is None else self.slow_target(o)).float(), e.q.indices[flat_grids(o).mask]
+
+@patch
+def embed(self:JEPA, batch): # -> context and target embeddings (B, d), length 1; code indices of the present objects
+    p, t, codes = self.sides(batch)
+    if self.whitener is not None: p, t = self.whitener['context'](p), self.whitener['target'](t)
+    return F.normalize(p, dim=1), F.normalize(t, dim=1), codes
 
 # %% ../nbs/04_jepa_vq.ipynb #c067
 @patch
@@ -592,7 +606,7 @@ def gradients(model, batch, device):
         model.zero_grad(); model({k: v.to(device) for k, v in batch.items()})[0].backward()
         res = grad_norms(model); model.zero_grad()
     torch.set_rng_state(state)
-    return {k: v for k, v in res.items() if k != 'slow'}
+    return {k: v for k, v in res.items() if k not in ('slow', 'whitener')}
 
 # %% ../nbs/04_jepa_vq.ipynb #c090
 def trainer(cfg, items, run=None, name='main', steps=None, watch=True, alone=True, checks=1) -> Trainer: # alone: the run stands or falls with it
@@ -616,6 +630,7 @@ def train(cfg, run):
         if (run.dir/f'{name}.safetensors').exists(): continue
         seed_everything(cfg.seed)
         t = trainer(c, items, run, 'main' if name == 'model' else name, alone=name == 'model').fit(c.epochs*c.epoch_steps)
+        whiten(t.module, items.train)
         save_state(run.dir/f'{name}.safetensors', dict(weights=t.module.cpu().state_dict(), seconds=t.seconds, steps=t.step))
     if cfg.recipe == 'best' and not (run.dir/'collapse.json').exists(): write_json(run.dir/'collapse.json', show_collapse(cfg, items))
     if cfg.compare_seeds: compare(cfg, run, items)
@@ -632,6 +647,26 @@ def trained(cfg, run, name='model'): # -> model in eval mode, seconds of its ste
     s = load_state(run.dir/f'{name}.safetensors')
     model = build(stages(cfg)[name]); model.load_state_dict(s['weights'])
     return model.eval(), s['seconds']
+
+# %% ../nbs/04_jepa_vq.ipynb #c093b
+def canonical(p, t, power:float, floor:float=1e-3): # (n, d) each -> (weight (d, d), bias (d,)) of each side
+    "Maps that raise the variances of both sides to 1 - `power` (those below `floor` of the largest count as that) and turn them towards one another."
+    def shrink(x):
+        values, vectors = torch.linalg.eigh(x.T @ x/len(x))
+        return vectors @ torch.diag((values.clamp(min=0)/values.max() + floor)**(-power/2)) @ vectors.T
+    means = p.mean(0), t.mean(0); x, y = p - means[0], t - means[1]; a, b = shrink(x), shrink(y)
+    left, _, right = torch.linalg.svd(a @ (x.T @ y/len(x)) @ b)
+    return [(m.T, -m.T @ mean) for m, mean in zip((a @ left, b @ right.T), means)]
+
+@torch.no_grad()
+def whiten(model, items, n:int=6000):
+    "Set the model's whitener from training items under random views. Nothing to do where the configuration asks for none."
+    if model.whitener is None: return
+    g, at = torch.Generator().manual_seed(0), next(model.parameters()).device; rows = torch.randperm(len(items), generator=g)[:n]; seen = []; model.leave()
+    with evaluating(model):
+        for r in rows.split(512): seen.append(model.sides({k: v.to(at) for k, v in as_batch(items.objects, items.index[r], *random_views(len(r), g)).items()})[:2])
+    for side, (weight, bias) in zip(('context', 'target'), canonical(*(torch.cat(x) for x in zip(*seen)), model.cfg.whitening)):
+        model.whitener[side].weight.copy_(weight); model.whitener[side].bias.copy_(bias)
 
 # %% ../nbs/04_jepa_vq.ipynb #c095
 VARIANTS = {'frequent refresh': dict(commitment=.3, refresh_interval=300), 'no codebook': dict(quantizer='none'), 'never refreshed': dict(refresh_usage=0.), 'gentle': dict(),
@@ -734,6 +769,7 @@ def primitive_probe(model, made, n): # balanced accuracy, ten classes
 # %% ../nbs/04_jepa_vq.ipynb #c106
 def metric(value, unit, direction, n, split='test', **more): return dict(value=float(value), unit=unit, direction=direction, split=split, n=n, seeds=1, sd=None, **more)
 
+
 def measure(model, cfg, items, tested, answer, K, asked) -> tuple: # (dict of numbers, CodeUsage, p, t)
     "Retrieval and ranks on the test tasks. The temperature is calibrated on validation tasks."
     a, first = valid_set(items.valid); pv, tv, _ = embeddings(model, items.valid)
@@ -751,6 +787,11 @@ def measure(model, cfg, items, tested, answer, K, asked) -> tuple: # (dict of nu
     return res, usage, p, t
 
 # %% ../nbs/04_jepa_vq.ipynb #c107
+def before_whitening(model, r, cfg, items, *test): # of `measure` -> the same for the embeddings as trained
+    if model.whitener is None: return r
+    bare = deepcopy(model); bare.whitener = None
+    return measure(bare, cfg, items, *test)[0]
+
 def mixed_words(module, args, out): # forward hook of a quantiser: every word becomes that of another object
     real = (out.indices >= 0) if module.codebook_size else torch.ones_like(out.indices, dtype=torch.bool)
     z, rows = out.z_q.clone(), out.z_q[real]; z[real] = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
@@ -808,24 +849,35 @@ BARS = [('must', 'effective_rank_context', '>=', 33.), ('must', 'effective_rank_
 def criteria(metrics, bars): return [dict(bar=b, metric=m, op=op, value=v, met=bool(OPS[op](metrics[m]['value'], v))) for b, m, op, v in bars if m in metrics]
 
 # %% ../nbs/04_jepa_vq.ipynb #c113
+def trained_metrics(model, bare, seconds, asked): # what training left, before whitening
+    return dict(i_nce_unwhitened=metric(bare['i_nce'], 'nats, embeddings as trained', 'max', asked), rankme_share_unwhitened=metric(min(bare['rankme_share_context'], bare['rankme_share_target']), '% of the ceiling, embeddings as trained', 'max', bare['n_rank']),
+                learned_numbers=metric(learned_numbers(model), 'weights and codes', 'min', 1), training_minutes=metric(seconds/60, 'min', 'none', 1, split='train'))
+
+def probe_metrics(known): # of `probes`
+    unit = lambda k: '% R2' if k in ('height', 'width', 'objects') else '% balanced accuracy'
+    return {f'probe_{k}': metric(v, unit(k), 'max', 1500) for k, v in known.items()} | dict(probe_mean=metric(np.mean(list(known.values())), '%', 'max', 1500))
+
+def pace_metrics(cfg, run, items):
+    pace = paces(cfg, items); run.event('timing', 'seconds a sequence', **pace)
+    return dict(training_speedup=metric(pace['published']/pace['ours'], 'x the straightforward loop, in sequences', 'max', cfg.batch_size, split='train'),
+                extraction_speedup=metric(1 + pace['extraction']/pace['ours'], 'x the same model with objects extracted in the loop', 'max', cfg.batch_size, split='train'))
+
 def evaluate(cfg, run) -> dict: # summary
     "Measure the run's model on the evaluation tasks of ARC-AGI-1, beside its baselines and limits."
     items = open_items(cfg); tested, answer, K, asked = test_set(cfg, items)
     model, seconds = trained(cfg, run)
     r, usage, p, t = measure(model, cfg, items, tested, answer, K, asked)
-    m = retrieval_metrics(r, K, asked, tested) | dict(learned_numbers=metric(count_parameters(model), 'weights and codes', 'min', 1), training_minutes=metric(seconds/60, 'min', 'none', 1, split='train'))
+    bare = before_whitening(model, r, cfg, items, tested, answer, K, asked); r['legacy_loss'] = bare['legacy_loss']
+    known = probes(model, cfg, items)
+    m = retrieval_metrics(r, K, asked, tested) | trained_metrics(model, bare, seconds, asked) | probe_metrics(known) | pace_metrics(cfg, run, items)
     counts = None
     if cfg.quantizer != 'none':
         codes, counts = code_metrics(usage, len(tested)); m |= codes
         m['i_nce_words_mixed'] = metric(without_words(model, tested, answer, K, asked, r['temperature']), 'nats', 'none', asked)
-    known = probes(model, cfg, items)
-    m |= {f'probe_{k}': metric(v, '% R2' if k in ('height', 'width', 'objects') else '% balanced accuracy', 'max', 1500) for k, v in known.items()} | dict(probe_mean=metric(np.mean(list(known.values())), '%', 'max', 1500))
     torch.manual_seed(cfg.seed); fresh = measure(build(cfg).eval(), cfg, items, tested, answer, K, asked)[0]
     test, others = (tested, answer, K, asked), {}
     if 'twin' in stages(cfg): m |= against_twin(cfg, run, items, test, r, known)
     if 'published' in stages(cfg): others, race = against_published(cfg, run, items, test); m |= race
-    pace = paces(cfg, items); run.event('timing', 'seconds a sequence', **pace)
-    m['training_speedup'] = metric(pace['published']/pace['ours'], 'x the straightforward loop, in sequences', 'max', cfg.batch_size, split='train')
     save_state(run.dir/'test.safetensors', dict(context=p, target=t, counts=counts, probes=known))
     export_codes(model, cfg, run)
     return summarise(cfg, m, without_network(cfg, items, tested, answer, K), fresh, others, K, r)
@@ -842,7 +894,7 @@ def against_published(cfg, run, items, test): # -> ({metric: value of the publis
     c = stages(cfg)['published']; model, seconds = trained(cfg, run, 'published')
     q, usage, *_ = measure(model, c, items, *test); codes = usage.record(0)
     res = {k: q[k]*(100 if UNITS.get(k, [''])[0] == '%' else 1) for k in ('i_nce', 'top1', 'top5', 'mrr', 'task_top1', 'effective_rank_context', 'effective_rank_target', 'rankme_context', 'rankme_target', 'i_nce_generated')}
-    res |= dict(usage=100*codes['codes_used']/usage.K, codebook_perplexity=codes['codebook_perplexity'], dead_codes=codes['dead_codes'], learned_numbers=count_parameters(model))
+    res |= dict(usage=100*codes['codes_used']/usage.K, codebook_perplexity=codes['codebook_perplexity'], dead_codes=codes['dead_codes'], learned_numbers=learned_numbers(model))
     rows = [x for x in run.metrics if x['split'] == 'valid']; goal = max(x['i_nce'] for x in rows if x['stage'] == 'published')
     ours = [x['step'] for x in rows if x['stage'] == 'main' and x['i_nce'] >= goal]; state = load_state(run.dir/'model.safetensors')
     ratio = seconds/(state['seconds']*min(ours)/state['steps']) if ours else 0.

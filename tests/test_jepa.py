@@ -10,7 +10,7 @@ from puzzle_research.core.fit import Evaluate
 from puzzle_research.core.quantize import VectorQuantizer, count_parameters
 from puzzle_research.core.runs import Run
 from puzzle_research import jepa_vq
-from puzzle_research.jepa_vq import Config, as_batch, build, compare, info_nce, of_batch, open_items, random_views, retrieval, said_by_monitor, trainer, with_views
+from puzzle_research.jepa_vq import Config, as_batch, build, compare, info_nce, of_batch, open_items, random_views, retrieval, said_by_monitor, trainer, whiten, with_views
 
 PUZZLE, PAPERMILL = (Path(sys.executable).with_name(n) for n in ('puzzle', 'papermill'))
 NOTEBOOK = root()/'nbs'/'04_jepa_vq.ipynb'
@@ -120,6 +120,16 @@ def loss_of(batch, **knobs):
 def test_weights_reach_the_loss(batch, recipe, knobs):
     plain = dict(quantizer='ema', kmeans_init=False) if 'commitment' in knobs else dict(quantizer='none')
     assert abs(loss_of(batch, recipe=recipe, **plain | knobs) - loss_of(batch, recipe=recipe, **plain)) > 1e-5
+
+
+@pytest.mark.parametrize('recipe', ['seed', 'best'])
+def test_whitening_raises_the_rank_and_training_sees_nothing_of_it(items, batch, recipe):
+    assert build(tiny(recipe=recipe, whitening=0.)).whitener is None
+    torch.manual_seed(0); m = build(tiny(recipe=recipe, whitening=1.)).eval(); torch.manual_seed(1); loss, before = m(batch)[0], m.embed(batch)[1]
+    whiten(m, items.train); after = m.embed(batch)[1]
+    torch.manual_seed(1); assert torch.equal(m(batch)[0], loss) and effective_rank(after) > effective_rank(before) and torch.allclose(after.norm(dim=1), torch.ones(len(after)), atol=1e-5)
+    maps = {k: v.clone() for k, v in m.whitener.state_dict().items()}; whiten(m, items.train)      # again: from the same embeddings
+    for k, v in m.whitener.state_dict().items(): assert torch.allclose(v, maps[k], rtol=1e-3, atol=1e-4)
 
 
 def test_unknown_values_are_refused():
