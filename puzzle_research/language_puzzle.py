@@ -176,7 +176,7 @@ def improvement(untrained:float, trained:float) -> float: return 100*(untrained 
 def squeezed(window): # -> bytes of each general compressor, headers left out where the format allows
     raw = window.encode()
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
-    return dict(zlib=len(deflate.compress(raw) + deflate.flush()), bz2=len(bz2.compress(raw, 9)), lzma=len(lzma.compress(raw, lzma.FORMAT_RAW, filters=[dict(id=lzma.FILTER_LZMA1, preset=9)])))
+    return dict(zlib=len(deflate.compress(raw) + deflate.flush()), bz2=len(bz2.compress(raw, 9)), lzma=len(lzma.compress(raw, lzma.FORMAT_RAW, filters=[dict(id=lzma.FILTER_LZMA1, preset=9, dict_size=4096)]))) # a window is far smaller
 
 def cells_of(bits): return np.ceil(np.asarray(bits)/math.log2(10) - 1e-9) # whole cells
 
