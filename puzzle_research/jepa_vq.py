@@ -97,11 +97,11 @@ ALONE = dict(twin=False, published=False, compare_seeds=0) # the published recip
 PRESETS = {
     'seed': dict(width=384, rate=5e-5, warmup=.69, refresh_interval=3000, refresh_usage=.1, pooling='mean', target='ema', regularizer='sigreg', regularizer_weight=.1, whitening=0., relational_weight=.025,
                  invariance=1., queue=8192, temperature_min=.05, temperature_max=.20, accumulate=2, batch_size=512, twin=False, published=False, compare_seeds=0),
-    'best': dict(width=128, rate=3e-3, warmup=.06, refresh_interval=0, refresh_usage=.5, pooling='transformer', target='shared', regularizer='vicreg', regularizer_weight=8., whitening=.95, relational_weight=0.,
+    'best': dict(width=128, rate=3e-3, warmup=.06, refresh_interval=0, refresh_usage=.5, pooling='transformer', target='shared', regularizer='vicreg', regularizer_weight=3., whitening=1., relational_weight=0.,
                  invariance=0., queue=0, temperature_min=.02, temperature_max=.20, accumulate=1, batch_size=256),
     'test': dict(generated=80, batch_size=32, accumulate=1, epochs=2, epoch_steps=2, candidates=200, invariance_share=.25, twin=True, published=True, compare_seeds=1, compare_steps=3),
     'quick': dict(generated=3000, epochs=6, epoch_steps=25, candidates=8704, invariance_share=.125, twin=False, published=False, compare_seeds=2, compare_steps=20),
-    'small': dict(generated=20_000, epochs=20, epoch_steps=60, candidates=8704, invariance_share=.125, twin=True, published=True, compare_seeds=3, compare_steps=100),
+    'small': dict(generated=20_000, epochs=10, epoch_steps=60, candidates=8704, invariance_share=.125, twin=True, published=True, compare_seeds=3, compare_steps=100),
     'full': dict(generated=50_000, epochs=30, epoch_steps=48, candidates=8704, invariance_share=1., twin=True, published=True, compare_seeds=3, compare_steps=1440),
     ('seed', 'test'): dict(width=48, queue=64, batch_size=16, accumulate=1, **ALONE), ('seed', 'quick'): dict(batch_size=32, accumulate=1, epochs=4, epoch_steps=10, **ALONE),
     ('seed', 'small'): dict(batch_size=64, accumulate=1, epochs=10, epoch_steps=30, **ALONE), ('seed', 'full'): dict(batch_size=512, accumulate=2, **ALONE),

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['TASKS', 'FIRST', 'SECOND', 'STAGES', 'NAMES', 'THINGS', 'PLACES', 'MOODS', 'BECAUSE', 'BUNDLED_ROWS', 'BUNDLED',
            'BUNDLED_STAGES', 'log', 'HEADING', 'PAD', 'START', 'END', 'SPECIALS', 'CHUNK', 'ODD', 'WORD', 'PARTS',
-           'gsm8k', 'svamp', 'asdiv', 'hotpotqa', 'piqa', 'hellaswag', 'strategyqa', 'boolq', 'drop', 'codexglue',
-           'wikitext', 'arc', 'mbpp', 'Task', 'story', 'problem', 'riddle', 'snippet', 'bundled_rows', 'tale', 'task',
-           'decode_record', 'open_records', 'records', 'part_split', 'articles', 'Tokenizer', 'train_tokenizer',
-           'pieces', 'best_fit', 'Packed', 'pack', 'overlap', 'Corpus', 'gather', 'adapt', 'build_corpus', 'announce',
-           'shares', 'Mixture']
+           'MUCH', 'gsm8k', 'svamp', 'asdiv', 'hotpotqa', 'piqa', 'hellaswag', 'strategyqa', 'boolq', 'drop',
+           'codexglue', 'wikitext', 'arc', 'mbpp', 'Task', 'story', 'problem', 'riddle', 'snippet', 'bundled_rows',
+           'tale', 'task', 'decode_record', 'open_records', 'records', 'part_split', 'articles', 'Tokenizer',
+           'train_tokenizer', 'pieces', 'best_fit', 'Packed', 'pack', 'overlap', 'Corpus', 'gather', 'adapt',
+           'build_corpus', 'announce', 'shares', 'Mixture']
 
 # %% ../../nbs/lm/01_corpus.ipynb #c003
-import hashlib, json, logging, os, re, time
+import hashlib, json, logging, multiprocessing, os, re, time
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -403,9 +404,32 @@ def _encode(tok, rows, T):
     return pack(ids[:len(rows)], ids[len(rows):], T, sum(len(t.encode()) for t in texts))
 
 def _write(folder:Path, packed:Packed):
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for k in ('tokens', 'doc', 'answer'): np.save(folder/f'{k}.npy', getattr(packed, k))
-    return {k: getattr(packed, k) for k in ('documents', 'cut', 'text_bytes')}
+    (folder/'meta.json').write_text(json.dumps({k: getattr(packed, k) for k in ('documents', 'cut', 'text_bytes')}))
+
+def _write_all(folder:Path, tok, parts, T:int) -> dict: # parts {part: {set: records}} -> what `_open` asks for beside the arrays
+    "Encode and pack every set; where there is much text in two processes, which share nothing."
+    size = lambda job: sum(len(r['prompt']) + len(r['answer']) for r in parts[job[0]][job[1]])
+    jobs = sorted(((p, s) for p, sets in parts.items() for s in sets), key=size, reverse=True)
+    def work(jobs):
+        for p, s in jobs: _write(folder/p/s, _encode(tok, parts[p][s], T))
+    mine, others = (jobs[::2], jobs[1::2]) if sum(map(size, jobs)) > MUCH and 'fork' in multiprocessing.get_all_start_methods() else (jobs, [])
+    with _one_thread_each():
+        child = multiprocessing.get_context('fork').Process(target=work, args=(others,)) if others else None
+        if child: child.start()
+        work(mine)
+        if child: child.join()
+    if child and child.exitcode: work(others)    # here the error has a name
+    return {p: {s: json.loads((folder/p/s/'meta.json').read_text()) for s in sets} for p, sets in parts.items()}
+
+MUCH = 4_000_000 # characters
+
+@contextmanager
+def _one_thread_each(): # threads of `tokenizers` cost more than they save on short words, and a fork after them is noisy
+    before = os.environ.get('TOKENIZERS_PARALLELISM'); os.environ['TOKENIZERS_PARALLELISM'] = 'false'
+    try: yield
+    finally: os.environ.pop('TOKENIZERS_PARALLELISM') if before is None else os.environ.update(TOKENIZERS_PARALLELISM=before)
 
 def _open(folder:Path, meta) -> Packed: return Packed(*(np.load(folder/f'{k}.npy', mmap_mode='r') for k in ('tokens', 'doc', 'answer')), **meta)
 
@@ -458,7 +482,7 @@ def _build(found, used, vocab, length, seconds) -> Corpus:
     for s, i in {hit for o in twice for hit in o['train']}: out.setdefault(s, set()).add(i)
     train = {s: [r for i, r in enumerate(rs) if i not in out.get(s, ())] for s, rs in found['train'].items()}
     tok = train_tokenizer((r['prompt'] + r['answer'] for rs in train.values() for r in rs), vocab); lap('tokenizer')
-    meta = {p: {s: _write(aside/p/s, _encode(tok, rs, length)) for s, rs in (train if p == 'train' else found[p]).items()} for p in PARTS}; lap('tokens')
+    meta = _write_all(aside, tok, found | dict(train=train), length); lap('tokens')
     tok.save(aside/'tokenizer.json')
     says = dict(parts=meta, overlap=[{k: o[k] for k in ('set', 'records', 'same_prompt', 'share_passage')} for o in twice], left_out={s: len(v) for s, v in out.items()}, seconds=times)
     (aside/'meta.json').write_text(json.dumps(says))
