@@ -203,6 +203,7 @@ class Block(nn.Module):
         h, tail2 = self.taps2(self.norm2(x), at, past and past[3])
         return x + self.drop(self.mlp(h)), (*kv, tail1, tail2)
 
+# %% ../nbs/06_cognate.ipynb #c024ax
 class Loop(nn.Module):
     "The recursion: one block, whose keys are the answers of the cycle before."
     def __init__(self, d:int, n_heads:int, d_ff:int):
@@ -223,6 +224,7 @@ class BoundedGates(nn.Linear):
         for name, v in dict(centre=[0., -1., -5.], span=[2., 2., 3.]).items(): self.register_buffer(name, torch.tensor(v).repeat_interleave(heads), persistent=False)
     def forward(self, x): return self.centre + self.span*torch.tanh(super().forward(x))
 
+# %% ../nbs/06_cognate.ipynb #c024bx
 class Unread(nn.Module):
     "The loop reads answers only; RecursiveLM asks for keys of the features too."
     def keys(self, f): return f[:, None, :, :0], f[:, None, :, :0]
@@ -247,6 +249,7 @@ def build(cfg, specialization:str=None) -> RecursiveLM:
     s = settings(cfg, specialization); torch.manual_seed(s['seed'])
     return (published_model if cfg.recipe == 'seed' else our_model)(cfg, s)
 
+# %% ../nbs/06_cognate.ipynb #c025ax
 def plain_model(cfg, total:int) -> RecursiveLM:
     "A plain transformer of `total` parameters (within 1 %): the same vocabulary and width, one more block, SwiGLU as wide as that takes. Raises ValueError where it cannot be."
     d, L = cfg.width, cfg.layers + 1
@@ -472,6 +475,7 @@ BEHAVIOUR = ('cycles', 'surprise_rate', 'memory_usage', 'bits_per_byte')
 def statistic(rows:dict, name:str, pick): # of the rows picked
     return rows['bits'][pick].sum()/rows['bytes'][pick].sum() if name == 'bits_per_byte' else rows[name][pick].mean()
 
+# %% ../nbs/06_cognate.ipynb #c052ax
 def interval(rows:dict, name:str, other:dict=None, n:int=500, seed:int=0) -> tuple: # value, low, high
     "A behaviour over rows, or its difference to another model's on the same rows, with a 95 % bootstrap interval."
     f = lambda pick: statistic(rows, name, pick) - (statistic(other, name, pick) if other else 0.)
@@ -523,6 +527,7 @@ def hand_off(cfg, run, corpus) -> Path:
     write_atomic(folder/'README.md', CARD.format(specialization=cfg.specialization, params=count_parameters(model), recipe=cfg.recipe, budget=cfg.budget, steps=cfg.steps, tokens=cfg.batch_size*cfg.length, sets=', '.join(corpus.train), bpb=legs['main']['best'], folder=folder.name))
     return folder
 
+# %% ../nbs/06_cognate.ipynb #c056ax
 class Cognate:
     "A trained model and its tokenizer."
     def __init__(self, model:RecursiveLM, tokenizer:Tokenizer, config:dict): self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
@@ -550,6 +555,7 @@ class Cognate:
             if text.endswith('\ufffd') and new != END: continue     # half a character
             yield text[len(said):]; said = text
 
+# %% ../nbs/06_cognate.ipynb #c056bx
 def newest_hand_off() -> Path:
     found = [p for p in sorted(runs_folder().glob('06_cognate/*/handoff')) if Run(p.parent).finished]
     if not found: raise FileNotFoundError('no trained model yet: `puzzle run 06_cognate` makes one, or name a hand-off folder')
@@ -601,6 +607,7 @@ def kept_bytes(model, cfg, rows:int) -> int: # of what the backward pass of so m
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast('cpu', torch.bfloat16, enabled=cfg.precision == 'bf16'): loss = model.loss(tokens, torch.zeros_like(tokens))[0]
     return sum(n for k, n in kept.items() if k not in own)
 
+# %% ../nbs/06_cognate.ipynb #c065ax
 def peak_bytes(cfg) -> dict: # of one training step
     "Tensor bytes at the precision of cfg: kept for backward (one and two rows measured, a line through them); in float32 weights, gradients, optimizer, and at most three slices of logits."
     model = build(cfg).train(); one, two = (kept_bytes(model, cfg, n) for n in (1, 2))
@@ -623,8 +630,7 @@ def evaluate(cfg, run) -> dict: # summary
     save_state(run.dir/'evaluated.safetensors', dict(bpb=bpb, watched=watch, halting=halting_curve(model, text, corpus.tokenizer, rows=cfg.eval_rows)))
     return summarise(cfg, corpus, legs, metrics, baselines, bpb)
 
-
-
+# %% ../nbs/06_cognate.ipynb #c066ax
 def ratios(cfg, bpb, legs, n) -> dict:
     ours, out = mean(bpb['main'].values()), {}
     for name, other in (('plain_adamw', 'a plain transformer with AdamW'), ('our_muon', 'our model with Muon')):
@@ -666,6 +672,7 @@ def ablations(cfg, legs) -> dict: # metrics
     if not cfg.ablation_steps: return {}
     return {f'ablation_{k}': metric(v, f'bits per byte above the whole model, {cfg.ablation_steps} steps', 'none', None, split='validation') for k, v in ablated(legs).items()}
 
+# %% ../nbs/06_cognate.ipynb #c068ax
 def copying(cfg, corpus) -> dict:
     "The published loss by its own definition, and what it is worth."
     model, _ = copier(cfg, corpus, 60 if cfg.budget != 'test' else 6); packed = next(iter(corpus.test.values())); tokens, doc, _ = packed.batch(np.arange(min(8, len(packed))))
@@ -729,6 +736,7 @@ def draw_stages(legs, stages):
     ax[1].legend(fontsize=7.5)
     return fig
 
+# %% ../nbs/06_cognate.ipynb #c075ax
 def draw_race(legs):
     "Rates tried, and each optimizer's way by the clock."
     fig, ax = plt.subplots(1, 2, figsize=(7.4, 2.5)); marks = dict(adamw=('grey', 'o'), muon=('orange', 'o'), mugrokfast=('blue', 'D'))
@@ -760,6 +768,7 @@ def draw_tokens(w, cycles):
     for ax, (k, cmap, title, top) in zip(axes[:, 0], shown): draw_text(ax, w['tokens'], w[k], cmap, title, top)
     return fig
 
+# %% ../nbs/06_cognate.ipynb #c076ax
 def draw_lens(w, first:int=4, n:int=14):
     "What each answer would say next, coloured by the probability of the truth."
     right = np.array(w['right'])[:, first:first + n]; C = len(right)
@@ -790,6 +799,7 @@ def draw_diversity(legs):
 
 ABLATED = dict(without_memory='without memory', without_gate='without gate', without_recursion='without recursion', without_halting='without halting (all cycles)', adamw='AdamW', muon='Muon', muon_grokfast='Muon + Grokfast (no QK-clip)')
 
+# %% ../nbs/06_cognate.ipynb #c077ax
 def draw_ablations(seeds:list): # legs of each seed
     "Bits per byte that each change costs: bars are means, points are seeds."
     rows = [ablated(legs) for legs in seeds]; order = sorted(ABLATED, key=lambda k: np.mean([r[k] for r in rows]))

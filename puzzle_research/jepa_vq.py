@@ -134,6 +134,7 @@ def as_batch(objects, index, view, colours): # index (B, C+1) -> dict of tensors
 
 def of_batch(batch): return Objects(**{k: batch[k] for k in KEYS})
 
+# %% ../nbs/04_jepa_vq.ipynb #c009ax
 def join(parts, objects:int) -> Items: # of Sequences
     "Several sources as one set of items; task numbers go on."
     tables, rows, at, first = [], [], 0, 0
@@ -261,6 +262,7 @@ class Relation(nn.Module):
         x = x + self.drop(self.out(attend(self.q(h), self.k(h), self.v(h), near, self.heads)))
         return (x + self.drop(self.feed(self.norm2(x))))*real[..., None]
 
+# %% ../nbs/04_jepa_vq.ipynb #c044ax
 class RelationalEncoder(nn.Module):
     "Objects -> relations -> codes -> mean."
     def __init__(self, cfg):
@@ -347,6 +349,7 @@ def shifted(o, amount:float=.1): # every grid's objects moved alike, by up to a 
 def published_head(width, dim=256): return nn.Sequential(nn.Linear(width, dim), nn.ReLU(), nn.Linear(dim, dim)) # without the last ReLU
 def normed_head(width, dim=256): return nn.Sequential(nn.Linear(width, 2*dim), nn.BatchNorm1d(2*dim), nn.ReLU(), nn.Linear(2*dim, dim))
 
+# %% ../nbs/04_jepa_vq.ipynb #c062ax
 class JEPA(nn.Module):
     "Predict the embedding of the next grid. `forward` gives the loss and its parts; `embed` gives context and target embeddings."
     DIM = 256
@@ -372,6 +375,7 @@ class JEPA(nn.Module):
     def leave(self): # embeddings as they are
         for side in self.whitener.values(): nn.init.eye_(side.weight); nn.init.zeros_(side.bias)
 
+# %% ../nbs/04_jepa_vq.ipynb #c062bx
 def build(cfg): return JEPA(cfg)
 
 def learned_numbers(model): return count_parameters(model) + (sum(p.numel() for p in model.whitener.parameters()) if model.whitener is not None else 0)
@@ -400,6 +404,7 @@ def sides(self:JEPA, batch): # -> context and target (B, d) before whitening; co
     o = of_batch(batch); p, z, e = self.parts(o, batch['present'], False)
     return p.float(), (z[:, -1] if self.slow is None else self.slow_target(o)).float(), e.q.indices[flat_grids(o).mask]
 
+# %% ../nbs/04_jepa_vq.ipynb #c066ax
 @patch
 def embed(self:JEPA, batch): # -> context and target embeddings (B, d), length 1; code indices of the present objects
     p, t, codes = self.sides(batch)
@@ -447,6 +452,7 @@ def forward(self:JEPA, batch): # -> loss, parts
     if self.training and cfg.queue: self.fresh.append(unit_t.detach())
     return sum(said.values()), {k: v.detach() for k, v in said.items()} | dict(train_top1=top1, temperature=self.temperature.detach())
 
+# %% ../nbs/04_jepa_vq.ipynb #c069ax
 @patch
 @torch.no_grad()
 def after_step(self:JEPA, momentum:float=.99):
@@ -503,6 +509,7 @@ def retrieval(p, candidates, answer, temperature:float) -> dict: # p (n, d), can
     n = len(p)
     return dict(loss=loss/n, i_nce=math.log(len(candidates)) - loss/n, top1=top1/n, top5=top5/n, mrr=mrr/n)
 
+# %% ../nbs/04_jepa_vq.ipynb #c076ax
 def calibrated(p, candidates, answer) -> float:
     "The temperature of least loss, for validation items."
     grid = np.geomspace(.005, .5, 41)
@@ -536,6 +543,7 @@ def score_retrieval(scores, answer, temperature):
     loss = F.cross_entropy(scores/temperature, answer).item()
     return dict(loss=loss, i_nce=math.log(scores.shape[1]) - loss, top1=(rank < 1.5).float().mean().item(), top5=(rank < 5.5).float().mean().item(), mrr=(1/rank).mean().item())
 
+# %% ../nbs/04_jepa_vq.ipynb #c082ax
 def without_network(cfg, items, tested, answer, K, questions:int=400) -> dict: # label -> metrics
     "Two baselines that need no training; temperature chosen on validation tasks."
     tasks = arc.test_tasks()[:20] if cfg.budget == 'test' else arc.test_tasks()
@@ -688,6 +696,7 @@ def short_training(cfg, items, steps, checks:int=1) -> dict: # history and end o
     p, z, _ = embeddings(t.module.cpu(), items.valid)
     return dict(rows=[dict(step=s) | r for s, r in sorted(rows.items())], spectrum=spectrum(p)[:128].tolist())
 
+# %% ../nbs/04_jepa_vq.ipynb #c095ax
 def compare(cfg, run, items=None) -> dict: # variant -> list over seeds of final validation metrics
     "The four-way comparison in one call: every variant with every seed. What is there is not trained again."
     path, items = run.dir/'comparison.json', items or open_items(cfg)
@@ -747,6 +756,7 @@ def ridge(x, y, x2, y2, number): # R2 of a number, balanced accuracy of a class
     if number: return max(0., r2_score(y2, RidgeCV(alphas).fit(x, y).predict(x2)))
     return balanced_accuracy_score(y2, RidgeClassifierCV(alphas, class_weight='balanced').fit(x, y).predict(x2))
 
+# %% ../nbs/04_jepa_vq.ipynb #c105ax
 def probes(model, cfg, items, n:int=1500) -> dict: # attribute -> score in %
     "Linear probes of what a grid's vector knows."
     train, _, _, _ = split_tasks(cfg); rng = np.random.default_rng(0)
@@ -862,6 +872,7 @@ def pace_metrics(cfg, run, items):
     return dict(training_speedup=metric(pace['published']/pace['ours'], 'x the straightforward loop, in sequences', 'max', cfg.batch_size, split='train'),
                 extraction_speedup=metric(1 + pace['extraction']/pace['ours'], 'x the same model with objects extracted in the loop', 'max', cfg.batch_size, split='train'))
 
+# %% ../nbs/04_jepa_vq.ipynb #c113ax
 def evaluate(cfg, run) -> dict: # summary
     "Measure the run's model on the evaluation tasks of ARC-AGI-1, beside its baselines and limits."
     items = open_items(cfg); tested, answer, K, asked = test_set(cfg, items)
@@ -882,6 +893,7 @@ def evaluate(cfg, run) -> dict: # summary
     export_codes(model, cfg, run)
     return summarise(cfg, m, without_network(cfg, items, tested, answer, K), fresh, others, K, r)
 
+# %% ../nbs/04_jepa_vq.ipynb #c113bx
 def against_twin(cfg, run, items, test, r, known):
     "The same model without codes, trained beside it."
     twin, plain = trained(cfg, run, 'twin')[0], stages(cfg)['twin']
@@ -958,6 +970,7 @@ def draw_gradients(run):
     plot_gradient_norms([m['step'] for m in rows], [{k.removeprefix('gradient_'): v for k, v in m.items() if k.startswith('gradient_')} for m in rows], ax=ax)
     return fig
 
+# %% ../nbs/04_jepa_vq.ipynb #c119ax
 def draw_comparison(done):
     "Every training of the comparison as a point, the means as bars."
     keys = ('i_nce', 'effective_rank_context', 'effective_rank_target', 'codes_used', 'codebook_perplexity')
@@ -989,6 +1002,7 @@ def draw_vocabulary(objects, codes, rows:int=10, across:int=12):
         ax[0].set_ylabel(f'{c}\n{int(use[c])}x', fontsize=7, rotation=0, ha='right', va='center')
     return fig
 
+# %% ../nbs/04_jepa_vq.ipynb #c121ax
 def draw_code_use(objects, codes, K):
     "Of each code, in order of use: how its objects divide into colours and sizes, and how full their boxes are."
     real = codes >= 0; c, colour, area = codes[real], objects.colour[real].long(), objects.area[real].long()

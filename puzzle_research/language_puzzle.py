@@ -264,6 +264,7 @@ def pack(rows, classes, free:int): # sorted id rows (bytes) -> uint8 (n,), group
     added, groups = common_groups([r[n:] for r, n in zip(rows, shared)], free)
     return np.array([b for n, k, codes in zip(shared, classes, added) for b in (MARK + n, k, *codes)], np.uint8), groups
 
+# %% ../nbs/03_language_puzzle.ipynb #c042ax
 def unpack(packed, groups, free:int): # -> rows, classes
     letters = {c: (c,) for c in range(free)}
     for i, (a, b) in enumerate(groups): letters[free + i] = letters[a] + letters[b]
@@ -286,6 +287,7 @@ def predecessors(text, words, most:int=1000): # -> counts (words, most + 2) of t
     np.add.at(table, (s[1:], column[s[:-1]]), 1)
     return torch.from_numpy(table[:-1]), torch.from_numpy(n).float().clamp(min=1)
 
+# %% ../nbs/03_language_puzzle.ipynb #c045ax
 def cluster(before, n, k:int=CLASSES, rounds:int=10, prior:float=100.): # -> uint8 (words,)
     "Classes of words. The most frequent words start alone, the others by frequency."
     rank, half = torch.empty(len(n), dtype=torch.long), k//2
@@ -334,6 +336,7 @@ class Lexicon:
     @property
     def numbers(self): return size_of(self.alphabet, *self.packed())
 
+# %% ../nbs/03_language_puzzle.ipynb #c048ax
 def size_of(alphabet, packed, groups): return len(alphabet) + len(packed) + 2*len(groups)
 
 def make_lexicon(text, numbers:int): # -> Lexicon of at most so many numbers
@@ -424,6 +427,7 @@ def gate_features(weight, depth, seen): # weight left on the list (0: none), cha
     listed = (weight > 0).to(weight.dtype)
     return torch.stack([rough_log2(weight.clamp(min=2.**-24))/8*listed, listed, depth.clamp(max=8)/8, rough_log2(seen.clamp(min=1))/4], -1)
 
+# %% ../nbs/03_language_puzzle.ipynb #c063ax
 class WordModel(nn.Module):
     "The next character from those before: letters, words, copies."
     def __init__(self, lexicon):
@@ -690,6 +694,7 @@ def check_texts(texts): # -> list of str
         except UnicodeEncodeError as e: raise ValueError(f'text {i} holds {t[e.start]!r} at character {e.start}, half of a pair and no character of its own; expected text that UTF-8 can write') from None
     return list(texts)
 
+# %% ../nbs/03_language_puzzle.ipynb #c093ax
 class LanguagePuzzle(nn.Module):
     "Texts (list of str) to puzzles uint8 (B, 30, 30) and back, without loss. A text uses as many cells as it needs, the others are 0."
     lanes = 512 # texts at a time
@@ -724,6 +729,7 @@ def encode(self:LanguagePuzzle, texts): # list of str -> uint8 (B, 30, 30)
         raise ValueError(f'text {i} has {len(texts[i]):,} characters and needs more than the {CELLS} cells of a puzzle; cut it into shorter ones, as encode_file does (any 147 characters fit, and more than a thousand of plain English)')
     return from_digits(digits) if len(texts) else torch.zeros(0, 30, 30, dtype=torch.uint8)
 
+# %% ../nbs/03_language_puzzle.ipynb #c094ax
 @patch
 @torch.no_grad()
 def decode(self:LanguagePuzzle, puzzles): # uint8 (B, 30, 30) -> list of str
@@ -814,6 +820,7 @@ def word_trainer(cfg, model, batches, run=None, callbacks=()):
     optimizer = torch.optim.AdamW(model.parameters(), cfg.rate, betas=(.9, .98), weight_decay=1e-3)
     return Trainer(model, word_loss, batches, optimizer, one_cycle_linear(.01, .01), clip=1., device=pick_device(cfg.device), run=run, name='words', log_every=often(cfg.steps, 200), callbacks=callbacks)
 
+# %% ../nbs/03_language_puzzle.ipynb #c102ax
 def train_words(cfg, run, text, codec): # -> Trainer
     "AdamW, a linear schedule, averaged weights."
     lexicon = codec.model.lexicon
@@ -1001,6 +1008,7 @@ SEED_NUMBERS = dict(legacy_reconstruction=2.2587, legacy_char_accuracy=29.125, l
 def criteria(metrics, bars):
     return [dict(bar=bar, metric=name, op=op, value=value, met=bool(OPS[op](metrics[name]['value'], value))) for bar, name, op, value in bars if name in metrics]
 
+# %% ../nbs/03_language_puzzle.ipynb #c120ax
 def evaluate(cfg, run) -> dict: # summary
     "Measure the run's model on the test windows, beside baselines."
     text = open_text(cfg); published, seconds = published_codec(run, cfg)
@@ -1040,6 +1048,7 @@ def summarise_published(cfg, text, metrics, model, told):
     published = {k: {'published run': v} for k, v in SEED_NUMBERS.items()} if cfg.recipe == 'seed' else {}
     return TITLE | dict(metrics=metrics, baselines=dict(characters_right={'trivial: always e': always}, exact_windows_900={'trivial: three digits a character': 100.}), limits={}, published=published, criteria=[], notes=notes(cfg, text, {}))
 
+# %% ../nbs/03_language_puzzle.ipynb #c121ax
 def notes(cfg, text, vq):
     res = [f'Measured on {text.name}, {len(text.test):,} test windows of {WINDOW} characters, each coded alone; nothing was decided on them.' + (' It is the tokenised wikitext-2-v1, not the raw one.' if text.name == 'wikitext-2-v1' else '')]
     if text.name != 'wikitext-2-v1': res.append('The bundled prose stands in for WikiText-2: no number here is a WikiText number, and the bars are those of WikiText-2.')
@@ -1107,6 +1116,7 @@ def changed(read, puzzles, cells): # puzzles (B, 30, 30), a cell for each -> wha
     digits[row, torch.as_tensor(cells)] = (digits[row, torch.as_tensor(cells)] + 1)%10
     return read(from_digits(digits))
 
+# %% ../nbs/03_language_puzzle.ipynb #c128ax
 def draw_one_cell(codec, vq, texts, puzzles):
     "Left: one window, decoded with one cell changed. Right: characters still right against the place of the cell, over windows."
     lexicon, text = codec.model.lexicon, texts[0]

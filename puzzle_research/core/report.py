@@ -174,6 +174,7 @@ def _beside(s):
         word = 'no clear difference from' if abs(gap) <= 2*(m.get('sd') or 0) else '**worse** than' if _worse(m['value'], v, m['direction']) else 'equal to' if not gap else 'better than'
         yield f"- {_code(k)}: {word} the best strong baseline, {_bare(label)} at {show_given(v)} {m['unit']}"
 
+# %% ../../nbs/core/07_report.ipynb #c024ax
 def _verdict(s):
     out = []
     for bar in BARS:
@@ -183,6 +184,7 @@ def _verdict(s):
         out.append(f"- **{bar}: {'not met' if missed else 'met'}** ({len(cs) - len(missed)} of {len(cs)})" + (f": {why}" if why else ''))
     return '\n'.join([*(out or ['- No criterion was set for this run.']), *_beside(s)])
 
+# %% ../../nbs/core/07_report.ipynb #c024bx
 def _cautions(s):
     "What a reader must know before quoting a number."
     bundled = [f"{d['name']}/{d['split']}" for d in s['data'] if d['origin'] == 'bundled']
@@ -218,6 +220,7 @@ def _dropped(items):
     if not items: return '0'
     return f"{len(items):,}: " + ', '.join(f"{d['item']} ({d['why']})" for d in items[:3]) + (f' and {len(items) - 3:,} more' if len(items) > 3 else '')
 
+# %% ../../nbs/core/07_report.ipynb #c025ax
 def _data(s):
     rows = [[d['name'], d['split'], d['origin'], f"{d['rows']:,}", _code(d['sha256'][:12]), d.get('licence') or '—', _dropped(d['dropped'])] for d in s['data']]
     return rows and _table(['data', 'split', 'origin', 'rows', 'sha256', 'licence', 'left out'], rows, '   r   ')
@@ -295,6 +298,7 @@ def _twice(path): # names that occur twice in one JSON object
 def _read(dir):
     return SimpleNamespace(dir=dir, manifest=read_json(dir/'manifest.json'), summary=read_json(dir/'summary.json'), rows=read_jsonl(dir/'metrics.jsonl'), twice=_twice(dir/'summary.json'))
 
+# %% ../../nbs/core/07_report.ipynb #c031ax
 def lint(run_dirs # one folder of a run, or several that differ only in seed
 ) -> list: # of Finding; empty where all is well
     "Check a report before anybody reads it. Raises ValueError where several runs cannot be combined."
@@ -426,6 +430,7 @@ def _row(s):
     date = max((r['end'] or '' for r in s['runs']), default='')[:10] or '—'
     return [f"{_code(s['system'])}<br>{s['title']}", s['status'], _headline(s), *(_bar(s, b) for b in BARS), _seeds(s), s['budget'], origin, _date(date), links]
 
+# %% ../../nbs/core/07_report.ipynb #c059ax
 def render_board(documents:list # published documents, in the order of the rows
 ) -> str:
     "The board: one row a system."
@@ -455,6 +460,7 @@ def draw_over_seeds(dirs:list):
     module = importlib.import_module(f'puzzle_research.{found[1]}') if found else None
     if len(dirs) > 1 and hasattr(module, 'draw_seeds'): module.draw_seeds([Run(d) for d in dirs])
 
+# %% ../../nbs/core/07_report.ipynb #c060ax
 def publish(run_dirs, # one folder of a run, or several that differ only in seed
     folder:Path=None # project root
 ) -> Path: # of the report

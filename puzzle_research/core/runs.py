@@ -61,6 +61,7 @@ def pack(tree, # nested dict, list, tuple, tensor, array, number, str, bool, Non
     else: raise TypeError(f"cannot save {path} of type {type(tree).__name__}; expected tensors, arrays, numbers, strings, lists, dicts")
     return out, tensors
 
+# %% ../../nbs/core/06_runs.ipynb #c013ax
 def unpack(tree, tensors):
     "The inverse of `pack`."
     if not isinstance(tree, dict): return tree
@@ -89,6 +90,7 @@ def save_state(path:Path, tree):
     meta = json.dumps(dict(tree=head, sha256=_digest(tensors)))   # one key: safetensors writes several in any order
     write_atomic(path, save(tensors, dict(state=meta)))
 
+# %% ../../nbs/core/06_runs.ipynb #c015ax
 def load_state(path:Path):
     "Read a state tree. Raises TornCheckpoint naming the file where it is not whole."
     from safetensors import safe_open, SafetensorError
@@ -139,6 +141,7 @@ def code_state(system:str) -> dict:
     mods = {k: m.__file__ for k, m in sorted(sys.modules.items()) if k.startswith('puzzle_research') and getattr(m, '__file__', None)}
     return dict(notebook=notebook_hash(nb) if nb.exists() else None, modules={k: _sha(Path(f).read_bytes()) for k, f in mods.items()})
 
+# %% ../../nbs/core/06_runs.ipynb #c021ax
 def versions() -> dict:
     "Versions of what a number depends on."
     names = ['torch', 'numpy', 'accelerate', 'datasets', 'safetensors', 'pandas', 'pillow', 'scikit-learn', 'puzzle_research']
@@ -172,6 +175,7 @@ def now(): return datetime.now(timezone.utc).isoformat(timespec='seconds')
 def new_id(): return os.environ.pop('PUZZLE_RUN_ID', None) or f'{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}'
 def runs_folder(): return Path(os.environ.get('PUZZLE_RUNS') or root()/'reports'/'runs') # `PUZZLE_RUNS` keeps tests apart from real runs
 
+# %% ../../nbs/core/06_runs.ipynb #c027ax
 class Run:
     "A run's folder. `Run.start` makes one, `Run.open` finds one; see `begin` for what a notebook calls."
     def __init__(self, dir:Path): self.dir, self.resumed, self.began = Path(dir), False, time.time()
@@ -214,6 +218,7 @@ def _start(system:str, # `system_of` its notebook: `01_vision_puzzle`, `lm_mugro
         threads=torch.get_num_threads(), process=_process(), peak_memory_mb=None))
     return run
 
+# %% ../../nbs/core/06_runs.ipynb #c028ax
 def find_run(name:str # a run's id, `system/id`, an unambiguous start of either, or a path
 ) -> Run:
     "The run so called. Raises ValueError naming the nearest one, or all that fit."
@@ -295,6 +300,7 @@ def _newest(run, name):
         except TornCheckpoint as e: run.event('warning', str(e))
     if run.checkpoints(name): raise TornCheckpoint(f"no whole checkpoint {name!r} in run {run.id}; start it anew")
 
+# %% ../../nbs/core/06_runs.ipynb #c034ax
 @patch
 def load(self:Run, name:str='main') -> dict: # the state, or None where there is none
     "Read the newest whole checkpoint. Raises TornCheckpoint where none is whole."
@@ -355,6 +361,7 @@ def changed_code(run) -> list: # names
     old, new = run.manifest['code'], code_state(run.system)
     return ['the notebook']*(old['notebook'] != new['notebook']) + [k for k, v in old['modules'].items() if new['modules'].get(k, v) != v]
 
+# %% ../../nbs/core/06_runs.ipynb #c037ax
 def begin(system:str, # notebook's stem
     cfg # the notebook's Config; its `run` names a run to take up
 ) -> tuple: # (run, the Config to use)

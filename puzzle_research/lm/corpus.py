@@ -96,6 +96,7 @@ TASKS = {t.name: t for t in (
     Task('strategyqa', 'strategyqa', 'reasoning', strategyqa, test='validation'), Task('piqa', 'piqa', 'commonsense', piqa, test='validation'),
     Task('boolq', 'boolq', 'qa', boolq, test='validation'), Task('wikitext2', 'wikitext-2-v1', 'language', wikitext, valid='validation'))}
 
+# %% ../../nbs/lm/01_corpus.ipynb #c012ax
 FIRST = ('gsm8k', 'svamp', 'mbpp', 'arc_easy', 'piqa', 'wikitext2')
 SECOND = FIRST + ('asdiv', 'arc_challenge', 'boolq', 'strategyqa')
 STAGES = (FIRST, SECOND, tuple(TASKS)) # the planned curriculum
@@ -119,6 +120,7 @@ def story(rng) -> tuple: # (text, facts)
     parts.append(f'In the evening {a} was at {home} again, and {b} still had {_plural(gave, thing)} from {a}.')
     return ' '.join(parts), dict(a=a, b=b, home=home, away=away, thing=thing, mood=mood, left=n - gave, gave=gave)
 
+# %% ../../nbs/lm/01_corpus.ipynb #c015ax
 def problem(rng) -> dict: # question, answer: the columns of gsm8k
     "A word problem of one to three steps, with its rationale."
     a, b = rng.choice(NAMES, 2, replace=False); thing = rng.choice(THINGS); n, m, k = (int(rng.integers(2, x)) for x in (30, 20, 9))
@@ -145,6 +147,7 @@ def snippet(rng) -> dict: # the columns of mbpp
                            ('minus', f'Write a function to take {k} from a number.', f'x - {k}', lambda x: x - k), ('rest', f'Write a function to find the remainder of a number divided by {k}.', f'x % {k}', lambda x: x % k)][rng.integers(4)]
     return dict(task_id=0, text=text, code=f'def {name}_{k}(x):\n    return {body}', test_list=[f'assert {name}_{k}({x}) == {f(x)}' for x in rng.integers(0, 99, 3).tolist()], test_setup_code='', challenge_test_list=[])
 
+# %% ../../nbs/lm/01_corpus.ipynb #c016ax
 def bundled_rows(kind:str, split:str, n:int) -> list: # rows for Parquet; no two the same over all splits
     "Rows of a bundled set, from a seed that kind and split decide; a row of an earlier split is not made again."
     make = dict(stories=lambda rng: dict(text=story(rng)[0]), problems=problem, riddles=riddle, snippets=snippet)[kind]
@@ -202,6 +205,7 @@ def records(name:str, part:str, used:list=None) -> list:
     fit, valid = holdout(len(rows), max(1, len(rows)//10), seed=0)
     return [rows[i] for i in (fit if part == 'train' else valid)]
 
+# %% ../../nbs/lm/01_corpus.ipynb #c021ax
 def _valid_is_cut(t): return t.valid == 'holdout' or not _at_hand(t.source, t.valid)
 
 def _at_hand(name, split):
@@ -231,6 +235,7 @@ SPECIALS = ['<|pad|>', '<|start|>', '<|end|>']
 CHUNK = re.compile(r' ?\S+|\s+(?!\S)|\s+') # the pre-tokenizer cuts at each of these borders too, so a chunk's tokens do not depend on its neighbours
 ODD = re.compile('[\x1c-\x1f]')            # space to Python, none to the pre-tokenizer
 
+# %% ../../nbs/lm/01_corpus.ipynb #c026ax
 class Tokenizer:
     "Byte-level BPE. Made by `train_tokenizer`, or read from the JSON of `save`. What looks like a special token in a text is text."
     def __init__(self, inner): self.inner, self.known = inner, {}; inner.encode_special_tokens = True
@@ -253,6 +258,7 @@ class Tokenizer:
     @property
     def id(self): return hashlib.sha256(self.json().encode()).hexdigest()[:16]
 
+# %% ../../nbs/lm/01_corpus.ipynb #c026bx
 def train_tokenizer(texts, # iterable of str
     vocab:int # entries at most; a small text may give fewer
 ) -> Tokenizer:
@@ -296,6 +302,7 @@ class Packed:
     def batch(self, rows) -> tuple: # tokens int64, doc int64, answer bool
         return tuple(torch.from_numpy(np.asarray(a[rows])).to(t) for a, t in ((self.tokens, torch.int64), (self.doc, torch.int64), (self.answer, torch.bool)))
 
+# %% ../../nbs/lm/01_corpus.ipynb #c031ax
 def pack(prompts:list, answers:list, T:int, text_bytes:int=0, seed:int=0) -> Packed:
     "Token lists of prompts and answers, packed into rows of T in a seeded order."
     start, end = np.array([START], np.uint16), np.array([END], np.uint16)
@@ -333,6 +340,7 @@ def _ngrams(texts, n, book) -> tuple: # hashes of all n-grams, and the text each
 
 def _same_words(record): w = _words(record['prompt'] or record['answer'][:2000]); return ' '.join(w) if len(w) >= 4 else None
 
+# %% ../../nbs/lm/01_corpus.ipynb #c035ax
 def overlap(train:dict, test:dict, n:int=13) -> list: # {set: records} twice -> [{set, records, same_prompt, share_passage, train: {(set, row)}}]
     "For each test set: how many of its records have their prompt, or n words in a row, in training text."
     text = lambda r: r['prompt'] + r['answer']
@@ -353,6 +361,7 @@ def overlap(train:dict, test:dict, n:int=13) -> list: # {set: records} twice -> 
 # %% ../../nbs/lm/01_corpus.ipynb #c038
 PARTS = ('train', 'valid', 'test')
 
+# %% ../../nbs/lm/01_corpus.ipynb #c038ax
 @dataclass
 class Corpus:
     "Packed text by part and set, the tokenizer, and what must be said about it."
@@ -408,6 +417,7 @@ def _write(folder:Path, packed:Packed):
     for k in ('tokens', 'doc', 'answer'): np.save(folder/f'{k}.npy', getattr(packed, k))
     (folder/'meta.json').write_text(json.dumps({k: getattr(packed, k) for k in ('documents', 'cut', 'text_bytes')}))
 
+# %% ../../nbs/lm/01_corpus.ipynb #c041ax
 def _write_all(folder:Path, tok, parts, T:int) -> dict: # parts {part: {set: records}} -> what `_open` asks for beside the arrays
     "Encode and pack every set; where there is much text in two processes, which share nothing."
     size = lambda job: sum(len(r['prompt']) + len(r['answer']) for r in parts[job[0]][job[1]])
@@ -425,6 +435,7 @@ def _write_all(folder:Path, tok, parts, T:int) -> dict: # parts {part: {set: rec
 
 MUCH = 4_000_000 # characters
 
+# %% ../../nbs/lm/01_corpus.ipynb #c041bx
 @contextmanager
 def _one_thread_each(): # threads of `tokenizers` cost more than they save on short words, and a fork after them is noisy
     before = os.environ.get('TOKENIZERS_PARALLELISM'); os.environ['TOKENIZERS_PARALLELISM'] = 'false'
@@ -433,6 +444,7 @@ def _one_thread_each(): # threads of `tokenizers` cost more than they save on sh
 
 def _open(folder:Path, meta) -> Packed: return Packed(*(np.load(folder/f'{k}.npy', mmap_mode='r') for k in ('tokens', 'doc', 'answer')), **meta)
 
+# %% ../../nbs/lm/01_corpus.ipynb #c041cx
 def build_corpus(data:str='auto', # auto: the real sets that are found, bundled where none is; real; bundled
     vocab:int=8192, # entries of the tokenizer at most
     length:int=512, # tokens of a row
@@ -460,6 +472,7 @@ def build_corpus(data:str='auto', # auto: the real sets that are found, bundled 
     if run: announce(corpus, run)
     return corpus
 
+# %% ../../nbs/lm/01_corpus.ipynb #c041dx
 def _once(used): return list({(d.name, d.split): d for d in used}.values())
 
 def announce(corpus:Corpus, run):
@@ -490,6 +503,7 @@ def _build(found, used, vocab, length, seconds) -> Corpus:
     except OSError: shutil.rmtree(aside, ignore_errors=True) # another process was first
     return replace(_read(place), seconds=times)
 
+# %% ../../nbs/lm/01_corpus.ipynb #c042ax
 def _read(place) -> Corpus:
     meta = json.loads((place/'meta.json').read_text())
     parts = {p: {s: _open(place/p/s, m) for s, m in ms.items()} for p, ms in meta['parts'].items()}

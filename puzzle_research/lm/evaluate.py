@@ -60,6 +60,7 @@ def _row(tok, prompt, answer, limit): # ids, how many of the answer, whether the
     room = max(0, limit - 1 - len(a))
     return [START, *p[len(p) - room if len(p) > room else 0:], *a][:limit], len(a), len(p) > room
 
+# %% ../../nbs/lm/05_evaluate.ipynb #c016ax
 @torch.no_grad()
 def loglikelihoods(model, tok, pairs:list, # [(prompt, answer)]
     batch_tokens:int=8192, limit:int=2048) -> tuple: # (N,) nats of the answers, how many prompts were cut to fit
@@ -80,6 +81,7 @@ def loglikelihoods(model, tok, pairs:list, # [(prompt, answer)]
             out[some] = -token_losses(y.flatten(0, 1), model.head, target.flatten()).view(len(some), T).sum(1).double().cpu().numpy()
     return out, sum(r[2] for r in rows)
 
+# %% ../../nbs/lm/05_evaluate.ipynb #c016bx
 def choose(model, tok, rows:list, n:int=None) -> dict: # accuracy, accuracy_per_byte, chance, majority, n, cut
     "Multiple choice by likelihood over the first `n` records. Raises ValueError where a record has no choices."
     rows = rows[:n]
@@ -172,6 +174,7 @@ out.write(word); out.flush()
 
 class SandboxUnavailable(RuntimeError): "Programs cannot be run safely on this machine."
 
+# %% ../../nbs/lm/05_evaluate.ipynb #c027ax
 def run_program(parts:list, # pieces of source, run one after the other in one name space
     seconds:int=3, memory:int=512*2**20, # processor time; bytes of address space
     wall:float=None # seconds by the clock; None: thrice as many
@@ -191,6 +194,7 @@ def run_program(parts:list, # pieces of source, run one after the other in one n
     if p.returncode in (-signal.SIGXCPU, -signal.SIGKILL): return False, 'killed: out of time or memory'
     return False, said[:300].replace(word, '') or f'ended with {p.returncode} before the last test'
 
+# %% ../../nbs/lm/05_evaluate.ipynb #c027bx
 def _answer(p, job, wall, most=4096): # at most so many bytes, and no longer than the clock allows
     import os, selectors
     try: p.stdin.write(job); p.stdin.close()
