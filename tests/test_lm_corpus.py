@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest, torch
 
-from puzzle_research.lm.corpus import (BUNDLED, BUNDLED_ROWS, END, PAD, STAGES, START, TASKS, Mixture, _encode, adapt, articles, best_fit, build_corpus, bundled_rows, overlap, pack, part_split, records, shares, train_tokenizer)
+from puzzle_research.lm.corpus import (BUNDLED, BUNDLED_ROWS, END, PAD, STAGES, START, TASKS, Mixture, _encode, _write_all, adapt, articles, best_fit, build_corpus, bundled_rows, overlap, pack, part_split, records, shares, train_tokenizer)
 
 REAL = Path(os.environ.get('PUZZLE_DATA', '/nowhere'))/'gsm8k'
 
@@ -194,3 +194,15 @@ def test_real_sets():
 @pytest.mark.skipif(not REAL.exists(), reason='needs the real sets in PUZZLE_DATA')
 def test_vocabulary_of_the_seed():
     assert build_corpus('real', vocab=32_768, length=512).tokenizer.size == 32_768
+
+
+def test_two_processes_write_what_one_writes(corpus, tmp_path, monkeypatch):
+    rows = {p: {s: records(s, p) for s in ('problems', 'riddles', 'stories')} for p in ('train', 'test')}
+    one = _write_all(tmp_path/'one', corpus.tokenizer, rows, 64); monkeypatch.setattr('puzzle_research.lm.corpus.MUCH', 0)
+    assert _write_all(tmp_path/'two', corpus.tokenizer, rows, 64) == one and 'TOKENIZERS_PARALLELISM' not in os.environ
+    for f in (tmp_path/'one').rglob('*.npy'): assert (tmp_path/'two'/f.relative_to(tmp_path/'one')).read_bytes() == f.read_bytes()
+
+
+def test_an_error_in_the_second_process_has_its_name_here(corpus, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr('puzzle_research.lm.corpus.MUCH', 0); monkeypatch.setattr('puzzle_research.lm.corpus.np.save', lambda f, x: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
+    with pytest.raises(OSError, match='No space left'): _write_all(tmp_path, corpus.tokenizer, {'test': {s: records(s, 'test') for s in ('problems', 'riddles')}}, 64)
