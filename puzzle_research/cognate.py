@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['SPECIALIZATIONS', 'PUBLISHED', 'FEW', 'PRESETS', 'AS_PUBLISHED', 'CHOICES', 'BOUNDS', 'Config', 'KINDS', 'RATES',
            'NOTE_EVERY', 'STEP', 'EPOCH', 'FINAL', 'METRICS', 'LAMBDAS', 'ABLATIONS', 'OPTIMIZERS', 'BEHAVIOUR', 'CARD',
-           'BARS', 'PAINT', 'LABEL', 'ABLATED', 'settings', 'open_text', 'read_corpus', 'kinds', 'Course', 'course',
-           'published_objective', 'copier', 'copies', 'published_model', 'Taps', 'Block', 'Loop', 'BoundedGates',
-           'Unread', 'our_model', 'build', 'plain_model', 'lm_loss', 'make_optimizer', 'SlowGradient', 'note_logits_at',
-           'NoteLogits', 'held_out', 'mean', 'validation', 'behaviour', 'memory_in_use', 'open_tracker', 'Meter',
-           'save_weights', 'read_weights', 'fit', 'leg', 'vary', 'plain_of', 'untuned', 'recipe_of', 'tune', 'variant',
-           'ablate', 'ablated', 'held_out_bpb', 'by_row', 'statistic', 'interval', 'specialise', 'train', 'hand_off',
-           'Cognate', 'newest_hand_off', 'generate', 'metric', 'test_bpb', 'compared', 'word_perplexity', 'first_reach',
-           'step_seconds', 'kept_bytes', 'peak_bytes', 'evaluate', 'ratios', 'costs', 'contrasts', 'distinct',
-           'differences', 'ablations', 'copying', 'summarise', 'notes', 'some_text', 'watched', 'draw_stages',
-           'draw_race', 'draw_text', 'draw_tokens', 'draw_lens', 'draw_halting', 'draw_diversity', 'draw_ablations',
-           'draw', 'draw_seeds']
+           'BARS', 'RATE_TICKS', 'PAINT', 'LABEL', 'ABLATED', 'settings', 'open_text', 'read_corpus', 'kinds', 'Course',
+           'course', 'published_objective', 'copier', 'copies', 'published_model', 'Taps', 'Block', 'Loop',
+           'BoundedGates', 'Unread', 'our_model', 'build', 'plain_model', 'lm_loss', 'make_optimizer', 'SlowGradient',
+           'note_logits_at', 'NoteLogits', 'held_out', 'mean', 'validation', 'behaviour', 'memory_in_use',
+           'open_tracker', 'Meter', 'save_weights', 'read_weights', 'fit', 'leg', 'vary', 'plain_of', 'untuned',
+           'recipe_of', 'inside', 'tune', 'variant', 'ablate', 'ablated', 'held_out_bpb', 'by_row', 'statistic',
+           'interval', 'specialise', 'train', 'hand_off', 'Cognate', 'newest_hand_off', 'generate', 'metric',
+           'test_bpb', 'compared', 'word_perplexity', 'first_reach', 'step_seconds', 'kept_bytes', 'peak_bytes',
+           'evaluate', 'ratios', 'at_equal_time', 'costs', 'contrasts', 'distinct', 'differences', 'ablations',
+           'copying', 'summarise', 'notes', 'some_text', 'watched', 'draw_stages', 'setting', 'draw_race', 'draw_text',
+           'draw_tokens', 'draw_lens', 'draw_halting', 'draw_diversity', 'draw_ablations', 'draw', 'draw_seeds']
 
 # %% ../nbs/06_cognate.ipynb #c003
 import json, math, os, time
@@ -418,6 +418,13 @@ def untuned(cfg) -> dict: return dict(adamw=dict(rate=cfg.adamw_rate, embed_rate
 def recipe_of(rates, kind) -> dict: # `how` of fit
     return rates['adamw' if kind == 'adamw' else 'muon'] | dict(kind=kind) | (dict(lamb=rates['lamb']) if 'grokfast' in kind else {})
 
+def inside(tries:list, best, what:str, most:int=5) -> dict: # the best `how`
+    "A rate that wins at the edge of the grid is no optimum: the grid grows by a factor of two until it is inside, or has `most` values."
+    while True:
+        found = best(tries); at = tries.index(found[what])
+        if what == 'momentum' or len(tries) >= most or 0 < at < len(tries) - 1: return found
+        tries = [tries[0]/2, *tries] if at == 0 else [*tries, tries[-1]*2]
+
 def tune(cfg, run, legs, corpus) -> dict: # adamw, muon: rates; lamb
     "Short trainings on seed + 1000, one coordinate after the other; the rates of the parameters cell where tune_steps is 0."
     rates = untuned(cfg)
@@ -428,7 +435,7 @@ def tune(cfg, run, legs, corpus) -> dict: # adamw, muon: rates; lamb
         return min(tries, key=lambda how: leg(c, run, legs, corpus, name(how), make, how, cfg.tune_steps)['best'])
     for kind, make in (('adamw', plain_of(c)), ('muon', lambda: build(c))):
         for what, tried in RATES[kind].items():
-            found = best_of(kind, make, [recipe_of(rates, kind) | {what: v} for v in sorted({*tried, rates[kind][what]})])
+            found = inside(sorted({*tried, rates[kind][what]}), lambda tries: best_of(kind, make, [recipe_of(rates, kind) | {what: v} for v in tries]), what)
             rates[kind] = {k: found[k] for k in rates[kind]}
     return rates | dict(lamb=best_of('mugrokfast', lambda: build(c), [recipe_of(rates, 'mugrokfast') | dict(lamb=l) for l in LAMBDAS])['lamb'])
 
@@ -640,12 +647,17 @@ def ratios(cfg, bpb, legs, n) -> dict:
         out['steps_ratio_to_our_muon'] = metric(min(reach/legs['our_muon']['best_step'], 2.), "x Muon's steps to its best validation loss (2: never reached)", 'min', len(legs['main']['curve']), split='validation')
     return out
 
+def at_equal_time(legs, speed:float) -> float:
+    steps, seen = zip(*legs['main']['curve'])
+    return float(np.interp(speed*legs['main']['steps'], steps, seen))/legs['plain_adamw']['best']
+
 def costs(cfg, corpus, legs) -> dict:
     "Speed, parameters, memory."
     model = build(cfg); plain = plain_model(cfg, count_parameters(model))
     s = step_seconds(cfg, corpus, dict(main=model, plain_adamw=plain))
     out = dict(learned_parameters=metric(count_parameters(model), 'parameters', 'min', None, split='train'), speed_ratio=metric(s['plain_adamw']/s['main'], 'x the training tokens/s of a plain transformer of its size, AdamW', 'max', None, split='train'),
                training_tokens_per_second=metric(cfg.batch_size*cfg.length/s['main'], 'tokens/s, one process', 'max', None, split='train'), training_hours=metric(legs['main']['seconds']/3600, 'hours', 'none', None, split='train'))
+    if 'plain_adamw' in legs: out['ratio_at_equal_time'] = metric(at_equal_time(legs, out['speed_ratio']['value']), "x the plain transformer's bits when it has finished and ours has had as long (the rate still high)", 'min', len(legs['main']['curve']), split='validation')
     if torch.cuda.is_available(): out['peak_memory_gb'] = metric(torch.cuda.max_memory_allocated()/1e9, 'GB of GPU memory', 'min', None, split='train')
     if cfg.budget in ('small', 'full'): out['peak_memory_of_full_gb'] = metric(sum(peak_bytes(Config(recipe=cfg.recipe, budget='full')).values())/1e9, 'GB of tensors, 16 rows of 512, bf16', 'min', None, split='train')
     return out
@@ -721,6 +733,7 @@ def watched(model, corpus, packed, n:int=72) -> dict: # of one row: lists over i
     return dict(tokens=[piece(i) for i in tokens[0, :n].tolist()], cycles=cycles[0, :n].tolist(), said=[[piece(i) for i in row] for row in said], right=right.tolist(), halt=out.halt[0, :n].tolist()) | numbers
 
 # %% ../nbs/06_cognate.ipynb #c075
+RATE_TICKS = (.0005, .001, .002, .005, .01, .02, .05)
 PAINT = dict(main='blue', our_muon='orange', plain_adamw='grey')
 LABEL = dict(main='our model, MuGrokfast', our_muon='our model, Muon', plain_adamw='plain transformer, AdamW')
 
@@ -737,14 +750,17 @@ def draw_stages(legs, stages):
     return fig
 
 # %% ../nbs/06_cognate.ipynb #c075ax
+def setting(how): return ', '.join(f'{short} {how[k]:g}' for k, short in dict(rate='rate', embed_rate='embeddings', momentum='momentum', lamb='lambda').items() if k in how)
+
 def draw_race(legs):
     "Rates tried, and each optimizer's way by the clock."
-    fig, ax = plt.subplots(1, 2, figsize=(7.4, 2.5)); marks = dict(adamw=('grey', 'o'), muon=('orange', 'o'), mugrokfast=('blue', 'D'))
+    fig, ax = plt.subplots(1, 2, figsize=(7.4, 2.9)); marks = dict(adamw=('grey', 'o'), muon=('orange', 'o'), mugrokfast=('blue', 'D'))
     for kind, (c, mark) in marks.items():
         tried = [l for k, l in legs.items() if k.startswith(f'tune_{kind}_')]
-        for l in tried: ax[0].plot(l['how']['rate'], l['best'], mark, color=COLORS[c], ms=4, label=kind if l is tried[0] else None); ax[0].annotate(f"{l['how'].get('lamb', l['how']['embed_rate']):g}", (l['how']['rate'], l['best']), (4, -2), textcoords='offset points', fontsize=6)
-    if ax[0].has_data(): ax[0].set_xscale('log')
-    ax[0].set(xlabel='rate', ylabel='bits per byte, held out', title='Tuning; labels: embedding rate, lambda'); ax[0].legend(fontsize=7.5) if ax[0].has_data() else ax[0].text(.5, .5, 'rates were not tuned in this run', transform=ax[0].transAxes, ha='center')
+        if tried: ax[0].plot([l['how']['rate'] for l in tried], [l['best'] for l in tried], mark, color=COLORS[c], ms=4, label=f"{kind}: {setting(min(tried, key=lambda l: l['best'])['how'])}")
+    if ax[0].has_data(): ax[0].set_xscale('log'); ax[0].set_xticks(RATE_TICKS, [f'{r:g}' for r in RATE_TICKS]); ax[0].xaxis.minorticks_off()
+    ax[0].set(xlabel='rate of matrices', ylabel='bits per byte, held out', title='Tuning; below: the best of each')
+    ax[0].legend(fontsize=6.5, loc='upper center', bbox_to_anchor=(.5, -.25)) if ax[0].has_data() else ax[0].text(.5, .5, 'rates were not tuned in this run', transform=ax[0].transAxes, ha='center')
     for k in PAINT:
         if k in legs: at, seen = zip(*legs[k]['curve']); ax[1].plot([i*legs[k]['seconds']/legs[k]['steps'] for i in at], seen, '.-', color=COLORS[PAINT[k]], label=LABEL[k])
     ax[1].set(xlabel='seconds of training', title='Race by the clock, bits per byte of held-out text'); ax[1].legend(fontsize=7.5)
