@@ -6,11 +6,11 @@
 __all__ = ['NUMBERS', 'PRESETS', 'BOUNDS', 'Config', 'WINDOW', 'COMMON', 'MARK', 'CLASSES', 'WIDTH', 'LETTER', 'RANK', 'FEATURES',
            'REACH', 'FINE', 'COARSE', 'ONE', 'TOTAL', 'LOGISTIC', 'FALLING', 'GATE', 'KIND_TOTAL', 'KIND_STARTS',
            'KIND_SIZES', 'LONGEST', 'SCALARS', 'HIGH', 'LOW', 'LIMIT', 'PUBLISHED', 'RATES', 'WEIGHTS', 'BARS',
-           'LITERATURE', 'SEED_NUMBERS', 'TITLE', 'PIECE', 'joined', 'windows', 'open_text', 'clean',
-           'published_tokens', 'published_text', 'PublishedSmall', 'PublishedLarge', 'code_points', 'published_loss',
-           'legacy', 'improvement', 'squeezed', 'cells_of', 'NGrams', 'find_alphabet', 'steady_counts', 'worth',
-           'rank_words', 'common_groups', 'join_pair', 'pack', 'unpack', 'predecessors', 'cluster', 'Lexicon',
-           'size_of', 'make_lexicon', 'GatedRecurrence', 'copy_counts', 'rough_log2', 'gate_features', 'WordModel',
+           'LITERATURE', 'SEED_NUMBERS', 'TITLE', 'joined', 'windows', 'open_text', 'clean', 'published_tokens',
+           'published_text', 'PublishedSmall', 'PublishedLarge', 'code_points', 'published_loss', 'legacy',
+           'improvement', 'squeezed', 'cells_of', 'NGrams', 'find_alphabet', 'steady_counts', 'worth', 'rank_words',
+           'common_groups', 'join_pair', 'pack', 'unpack', 'predecessors', 'cluster', 'Lexicon', 'size_of',
+           'make_lexicon', 'GatedRecurrence', 'copy_counts', 'rough_log2', 'gate_features', 'WordModel',
            'learned_numbers', 'RandomWindows', 'in_order', 'word_loss', 'table', 'logistic', 'falling', 'parts',
            'ExactModel', 'Lanes', 'without_surrogates', 'with_surrogates', 'put_if', 'take', 'to_texts', 'write_head',
            'read_head', 'write_raw', 'padded', 'write_modelled', 'read_modelled', 'read_raw', 'check_texts',
@@ -1194,8 +1194,6 @@ def draw(run):
     figure('training', draw_training(run, cfg.recipe != 'best'), 'Validation over training.')
 
 # %% ../nbs/03_language_puzzle.ipynb #c134
-PIECE = 1024
-
 def read_text(path): # -> str
     "Raises ValueError naming the file and the place for bytes that are not UTF-8."
     raw = Path(path).read_bytes()
@@ -1203,9 +1201,17 @@ def read_text(path): # -> str
     except UnicodeDecodeError as e: raise ValueError(f'{path} is not UTF-8 text (byte 0x{raw[e.start]:02x} at offset {e.start:,}: {e.reason}); expected UTF-8. Save it as UTF-8 first, or is it not a text?') from None
 
 @patch
+def piece(self:LanguagePuzzle, text, share:float=.85, sample:int=256) -> int: # characters
+    "How much of a text mostly fits one puzzle, by what it costs at sixteen places."
+    if len(text) <= sample: return sample
+    used = self._digits([text[i:i + sample] for i in np.linspace(0, len(text) - sample, 16).astype(int)])[1]
+    return int(np.clip(share*CELLS*sample/used.mean(), 128, LONGEST - 1))
+
+@patch
 @torch.no_grad()
-def encode_long(self:LanguagePuzzle, text, piece:int=PIECE): # str -> uint8 (N, 30, 30), in order
+def encode_long(self:LanguagePuzzle, text): # str -> uint8 (N, 30, 30), in order
     "A text of any length as puzzles, at least one."
+    piece = self.piece(text)
     todo, done = {i: text[i:i + piece] for i in range(0, max(1, len(text)), piece)}, {}     # by where they begin
     while todo:
         tried, todo = todo, {}

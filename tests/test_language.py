@@ -173,7 +173,7 @@ def test_changed_or_missing_puzzles_are_noticed(tmp_path, prose):
 # runs
 
 NOTEBOOK = root()/'nbs'/'03_language_puzzle.ipynb'
-VALUES = ['-p', 'budget', 'test', '-p', 'data', 'bundled', '-p', 'seed', '3', '-p', 'steps', '30', '-p', 'train_characters', '20000', '-p', 'test_windows', '8']
+VALUES = ['-p', 'budget', 'test', '-p', 'data', 'bundled', '-p', 'seed', '3', '-p', 'steps', '30', '-p', 'test_windows', '8']
 
 def only_run(runs): return Run(next((runs/'03_language_puzzle').iterdir()))
 def numbers(run): return {k: v['value'] for k, v in run.summary['metrics'].items() if 'rate' not in k and 'speed' not in k and not k.endswith('code_windows')}
