@@ -11,8 +11,6 @@ from puzzle_research.core.puzzle import check_codec, load_puzzles, save_puzzles
 from puzzle_research.core.quantize import count_parameters
 from puzzle_research.core.runs import Run
 
-pytestmark = pytest.mark.slow   # until a full run is published: its weights are those of a quick run
-
 PUZZLE = Path(sys.executable).with_name('puzzle')
 SECOND = np.arange(RATE)/RATE
 
@@ -197,6 +195,7 @@ def finish(process):
     assert process.returncode == 0, out[-3000:]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_never_killed(tmp_path):
     finish(start([PUZZLE, 'run', '02_audio_puzzle', *VALUES], tmp_path/'whole'))
     whole = only_run(tmp_path/'whole')

@@ -12,8 +12,6 @@ from puzzle_research.core.runs import Run
 from puzzle_research.language_puzzle import (CLASSES, LIMIT, WEIGHTS, ExactModel, LanguagePuzzle, Lanes, PublishedLarge, PublishedSmall, cells_used, decode_file,
                                              encode_file, joined, learned_numbers, unpack, windows)
 
-pytestmark = pytest.mark.slow   # until a full run is published: its weights are those of a quick run
-
 PUZZLE = Path(sys.executable).with_name('puzzle')
 PAPERMILL = Path(sys.executable).with_name('papermill')
 
@@ -197,6 +195,7 @@ def same(run, whole):
     for f in ('metrics.jsonl', 'codec.safetensors'): assert (run.dir/f).read_bytes() == (whole.dir/f).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_holds_what_it_should(whole):
     assert whole.manifest['changed']['seed'] == 3 and any(e['kind'] == 'fallback' for e in whole.events)
     assert {'report.md', 'summary.json', 'metrics.jsonl', 'events.jsonl', 'config.json', 'notebook.ipynb', 'log.txt'} <= {p.name for p in whole.dir.iterdir()}
@@ -205,6 +204,7 @@ def test_a_run_holds_what_it_should(whole):
     assert LanguagePuzzle.from_pretrained(whole.dir/'codec.safetensors').decode(LanguagePuzzle.from_pretrained(whole.dir/'codec.safetensors').encode(['x'])) == ['x']
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_never_killed(whole, tmp_path):
     p = start([PUZZLE, 'run', '03_language_puzzle', *VALUES], tmp_path/'runs')
     run_id = p.stdout.readline().split()[-1]
