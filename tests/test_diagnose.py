@@ -18,6 +18,7 @@ def true_pixels(split):
     return np.stack([np.asarray(Image.open(io.BytesIO(r['bytes']))).reshape(-1) for i, r in enumerate(rows) if i not in lossy])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get('PUZZLE_DATA') or not (CIFAR/'lossy_rows.json').exists(), reason='needs PUZZLE_DATA with cifar10 and its lossy_rows.json')
 def test_anchors_on_cifar10(tmp_path):
     train, test = true_pixels('train'), true_pixels('test')

@@ -230,7 +230,7 @@ def stage(tmp, recipe, slow=0., resume='', wait=True):
     assert p.returncode == 0, err[-3000:]
     return out.split()[0]
 
-@pytest.mark.parametrize('recipe', ['seed', 'best'])
+@pytest.mark.parametrize('recipe', [pytest.param('seed', marks=pytest.mark.slow), 'best'])
 def test_killed_and_resumed_equals_never_killed(tmp_path, monkeypatch, recipe):
     monkeypatch.setenv('PUZZLE_RUNS', str(tmp_path/'runs'))
     whole = Run.open(stage(tmp_path, recipe)); p = stage(tmp_path, recipe, slow=.3, wait=False)

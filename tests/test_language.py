@@ -127,6 +127,7 @@ def there_and_back(tmp_path, raw):
 def test_odd_files(tmp_path, raw): assert there_and_back(tmp_path, raw) >= 1
 
 
+@pytest.mark.slow
 def test_200_kilobytes(tmp_path, prose):
     raw = (prose*12).encode()[:200_000]
     n = there_and_back(tmp_path, raw)

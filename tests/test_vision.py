@@ -170,6 +170,7 @@ def test_papermill_from_the_root_equals_puzzle_run(whole, tmp_path):
     same(only_run(tmp_path/'runs'), whole)
 
 
+@pytest.mark.slow
 def test_jupyterlab_equals_puzzle_run(whole, tmp_path, monkeypatch):
     "Values typed into the parameters cell, the kernel started in the notebook's folder."
     monkeypatch.setenv('PUZZLE_RUNS', str(tmp_path/'runs'))
