@@ -193,6 +193,7 @@ start = t.module.encoder.vq.codes.clone(); t.fit(6)
 q = t.module.encoder.vq
 assert not torch.equal(q.codes, start)
 torch.save(dict(codes=q.codes, size=q.cluster_size, rows=t.batches.rows(3)), f'{sys.argv[1]}.{state.process_index}')
+state.wait_for_everyone(); state.destroy_process_group()      # threads of gloo that outlive the interpreter abort it now and then
 '''
 
 @pytest.mark.parametrize('recipe', ['seed', 'best'])
