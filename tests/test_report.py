@@ -176,3 +176,13 @@ def test_numbers(v, sd, shown): assert show_number(v, sd) == shown
 
 def test_command_quotes_for_the_shell():
     assert command('03_x', dict(recipe='best', budget='quick', seed=3), dict(seed=3, name="it's", run='r1')) == """puzzle run nbs/03_x.ipynb -p recipe best -p budget quick -p seed 3 -p name 'it'"'"'s'"""
+
+
+def test_a_system_draws_over_all_seeds(tmp_path, monkeypatch):
+    import puzzle_research.core.fit as system
+    seen = []; monkeypatch.setattr(system, 'draw_seeds', lambda runs: seen.append([r.dir.name for r in runs]), raising=False)
+    dirs = [tmp_path/'core_fit'/n for n in ('a', 'b')]
+    for d in dirs: d.mkdir(parents=True)
+    report.draw_over_seeds(dirs[:1]); assert seen == []                     # one seed is drawn by the run itself
+    report.draw_over_seeds(dirs); assert seen == [['a', 'b']]
+    report.draw_over_seeds([tmp_path/'09_none'/'a', tmp_path/'09_none'/'b'])    # no notebook, nothing to draw
