@@ -68,7 +68,7 @@ pooling:str = None # of the context's grids: mean, last, attention, gru, transfo
 target:str = None # encoder of the target: ema (a slow copy) or shared (the same)
 regularizer:str = None # of embeddings: none, vicreg, sigreg, visreg
 regularizer_weight:float = None # its weight
-whitening:float = None # after training, variances of embeddings to the power 1 - finish, in closed form: 0 leaves them, 1 makes them equal
+whitening:float = None # after training, variances of embeddings to the power 1 - whitening, in closed form: 0 leaves them, 1 makes them equal
 relational_weight:float = None # of the distances between neighbouring objects; published: 0.025
 invariance:float = None # of embeddings under new colours, shifts and reflections, times the published weights
 invariance_share:float = None # part of each batch on which invariance is measured (six more passes)
@@ -101,11 +101,11 @@ PRESETS = {
     'best': dict(width=128, rate=3e-3, warmup=.06, refresh_interval=0, refresh_usage=.5, pooling='transformer', target='shared', regularizer='vicreg', regularizer_weight=3., whitening=1., relational_weight=0.,
                  invariance=0., queue=0, temperature_min=.02, temperature_max=.20, accumulate=1, batch_size=256),
     'test': dict(generated=80, batch_size=32, accumulate=1, epochs=2, epoch_steps=2, candidates=200, invariance_share=.25, twin=True, published=True, compare_seeds=1, compare_steps=3, collapse_steps=3),
-    'quick': dict(generated=3000, epochs=6, epoch_steps=25, candidates=8704, invariance_share=.125, twin=False, published=False, compare_seeds=1, compare_steps=20, collapse_steps=60),
-    'small': dict(generated=20_000, epochs=10, epoch_steps=60, candidates=8704, invariance_share=.125, twin=True, published=True, compare_seeds=3, compare_steps=100, collapse_steps=150),
+    'quick': dict(generated=3000, epochs=5, epoch_steps=25, candidates=8704, invariance_share=.125, twin=False, published=False, compare_seeds=1, compare_steps=15, collapse_steps=30),
+    'small': dict(generated=20_000, epochs=10, epoch_steps=40, candidates=8704, invariance_share=.125, twin=True, published=True, compare_seeds=3, compare_steps=50, collapse_steps=100),
     'full': dict(generated=50_000, epochs=30, epoch_steps=48, candidates=8704, invariance_share=1., twin=True, published=True, compare_seeds=3, compare_steps=1440, collapse_steps=600),
     ('seed', 'test'): dict(width=48, queue=64, batch_size=16, accumulate=1, **ALONE), ('seed', 'quick'): dict(batch_size=32, accumulate=1, epochs=4, epoch_steps=10, **ALONE),
-    ('seed', 'small'): dict(batch_size=64, accumulate=1, epochs=10, epoch_steps=30, **ALONE), ('seed', 'full'): dict(batch_size=512, accumulate=2, **ALONE),
+    ('seed', 'small'): dict(batch_size=64, accumulate=1, epochs=10, epoch_steps=15, **ALONE), ('seed', 'full'): dict(batch_size=512, accumulate=2, **ALONE),
     ('best', 'full'): dict(batch_size=512, epoch_steps=100),
 }
 CHOICES = dict(budget=('test', 'quick', 'small', 'full'), precision=('no', 'bf16'), quantizer=('none', 'ema', 'fsq', 'simvq', 'lfq', 'rotation'), pooling=('mean', 'last', 'attention', 'gru', 'transformer'),

@@ -456,9 +456,9 @@ def package_weights(run_dir:Path, folder:Path):
 def draw_over_seeds(dirs:list):
     "Where the system's module has `draw_seeds(runs)`, it draws what needs all seeds, into the first run's folder."
     notebook = notebook_of(dirs[0].parent.name)
-    found = re.search(r'#\| default_exp ([\w.]+)', notebook.read_text()) if notebook.exists() else None
-    module = importlib.import_module(f'puzzle_research.{found[1]}') if found else None
-    if len(dirs) > 1 and hasattr(module, 'draw_seeds'): module.draw_seeds([Run(d) for d in dirs])
+    if len(dirs) < 2 or not notebook.exists(): return
+    module = importlib.import_module('puzzle_research.' + re.search(r'#\| default_exp ([\w.]+)', notebook.read_text())[1])
+    if hasattr(module, 'draw_seeds'): module.draw_seeds([Run(d) for d in dirs])
 
 # %% ../../nbs/core/07_report.ipynb #c060ax
 def publish(run_dirs, # one folder of a run, or several that differ only in seed
