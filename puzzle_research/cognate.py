@@ -261,7 +261,7 @@ def plain_model(cfg, total:int) -> RecursiveLM:
 # %% ../nbs/06_cognate.ipynb #c031
 def lm_loss(model, batch, t): return model.loss(batch[0], batch[1])
 
-RATES = dict(adamw=dict(rate=(2e-3, 4e-3, 8e-3), embed_rate=(4e-3, 2e-2)), muon=dict(rate=(5e-3, 1e-2, 2e-2), embed_rate=(2e-2, 4e-2, 8e-2), momentum=(.85, .9, .95))) # tried where they are tuned, one after the other: the rate of hidden matrices, that of embeddings and vectors, momentum
+RATES = dict(adamw=dict(rate=(1e-3, 2e-3, 4e-3), embed_rate=(1e-2, 2e-2, 4e-2)), muon=dict(rate=(1e-2, 2e-2, 4e-2), embed_rate=(2e-2, 4e-2, 8e-2), momentum=(.85, .9, .95))) # tried where they are tuned, one after the other: the rate of hidden matrices, that of embeddings and vectors, momentum
 
 def make_optimizer(cfg, model, kind:str, rate:float, embed_rate:float, momentum:float=.95): # -> torch.optim.Optimizer
     "adamw | muon | muon_grokfast | mugrokfast (Grokfast's part is `SlowGradient`). `rate` of hidden matrices, `embed_rate` of embeddings (under Muon of vectors too); decay for matrices only."
@@ -451,8 +451,9 @@ def ablate(cfg, run, legs, corpus, rates):
     "The trainings of the ablation table. Raises ValueError for the seed recipe, whose parts are tested in nbs/lm."
     if cfg.recipe == 'seed': raise ValueError("ablation_steps is for recipe 'best'; the parts of the published model are taken apart in nbs/lm")
     whole = lambda model: {'without_halting': held_out_bpb(model, corpus, cfg, 0.), 'with_halting': held_out_bpb(model, corpus, cfg)}
-    for name, changes in ABLATIONS.items(): leg(cfg, run, legs, corpus, f'ablation_{name}', lambda: variant(cfg, **changes), recipe_of(rates, 'mugrokfast'), cfg.ablation_steps, measure=whole if name == 'whole' else None)
-    for kind in OPTIMIZERS: leg(cfg, run, legs, corpus, f'ablation_{kind}', lambda: build(cfg), recipe_of(rates, kind), cfg.ablation_steps)
+    c = vary(cfg, epochs=2)                                 # a validation costs as much as seven steps
+    for name, changes in ABLATIONS.items(): leg(c, run, legs, corpus, f'ablation_{name}', lambda: variant(cfg, **changes), recipe_of(rates, 'mugrokfast'), cfg.ablation_steps, measure=whole if name == 'whole' else None)
+    for kind in OPTIMIZERS: leg(c, run, legs, corpus, f'ablation_{kind}', lambda: build(cfg), recipe_of(rates, kind), cfg.ablation_steps)
 
 def ablated(legs) -> dict: # {ablation: bits per byte of held-out text above the whole model}
     whole = legs['ablation_whole']; halting = whole['without_halting']['bits_per_byte'] - whole['with_halting']['bits_per_byte']
