@@ -55,7 +55,8 @@ def test_join_params():
 def test_ctrl_c_ends_the_run_truthfully(tmp_path):
     "One line and exit 130; the run says that it was interrupted, and can be taken up."
     env = os.environ | dict(PUZZLE_RUNS=str(tmp_path))
-    p = subprocess.Popen([PUZZLE, 'run', '01', '-p', 'budget', 'test', '-p', 'data', 'bundled', '-p', 'context_steps', '100000'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=root(), start_new_session=True)
+    p = subprocess.Popen([PUZZLE, 'run', '01', '-p', 'budget', 'test', '-p', 'data', 'bundled', '-p', 'context_steps', '100000'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=root(), start_new_session=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # ignored in what a shell starts in the background
     run = Run(tmp_path/'01_vision_puzzle'/p.stdout.readline().split()[-1])
     while not ((run.dir/'progress.json').exists() and 'context' in (run.dir/'progress.json').read_text()): time.sleep(.1); assert p.poll() is None, p.stderr.read()
     p.send_signal(signal.SIGINT)
