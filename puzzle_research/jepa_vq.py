@@ -28,6 +28,7 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt, numpy as np, torch, torch.nn.functional as F
 from einops import rearrange
 from fastcore.basics import patch
+from matplotlib.ticker import LogLocator
 from torch import nn
 
 from .arc import generator, tasks as arc
@@ -728,9 +729,9 @@ def draw_collapse(d, K:int):
         for ax, key, label in zip(axes, ('codes_used', 'effective_rank_context', 'i_nce'), (f'codes used of {K}', 'effective rank, context', 'i_nce, nats (validation)')):
             ax.plot(steps, [r[key] for r in rows], '.-', color=colour, label=name); ax.set(xlabel='step', title=label)
         s = np.maximum(d[name]['spectrum'], 1e-9); axes[3].plot(np.arange(1, len(s) + 1), s/s[0], color=colour)
-    for ax in axes[:2]: ax.set_yscale('log'); ax.yaxis.set_major_formatter('{x:g}')
+    for ax in axes[:2]: ax.set_yscale('log'); ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5))); ax.yaxis.set_major_formatter('{x:g}'); ax.yaxis.set_minor_formatter('')
     axes[2].set_ylim(min(0, axes[2].get_ylim()[0]), None)
-    axes[3].set(xscale='log', yscale='log', ylim=(1e-5, 1.5), xlabel='component', title='variance, first = 1'); axes[0].legend(fontsize=7.5)
+    axes[3].set(xscale='log', yscale='log', ylim=(1e-5, 1.5), xlabel='component', title='variance, first = 1'); fig.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=3, fontsize=8)
     return fig
 
 # %% ../nbs/04_jepa_vq.ipynb #c102
@@ -987,7 +988,7 @@ def draw_comparison(done):
         for y, name in enumerate(names):
             v = [r[key] for r in done[name] if key in r]
             if v: ax.barh(y, np.mean(v), color='#56B4E9', height=.6); ax.plot(v, [y]*len(v), 'o', ms=4, color='#222222')
-        ax.set(title=key, xlim=(0, None)); ax.grid(axis='y', visible=False)
+        ax.set(xlim=(0, None)); ax.set_title(key.replace('effective_rank_', 'effective rank, '), fontsize=9); ax.grid(axis='y', visible=False)
     axes[0].set_yticks(range(len(names)), [f'{n} ({len(done[n])})' for n in names]); axes[0].invert_yaxis()
     return fig
 
