@@ -280,3 +280,8 @@ def test_watch_needs_no_torch_and_takes_a_folder(whole):
 def test_watch_of_nothing_is_one_clear_line():
     r = subprocess.run([PUZZLE, 'watch', 'nothere'], capture_output=True, text=True, cwd=root())
     assert r.returncode == 2 and 'nothere' in r.stderr and r.stderr.count('\n') == 1
+
+
+def test_the_start_of_a_training_is_timed_to_a_few_steps(items):
+    "Reached at the first check, not within the limit, not within the training."
+    assert [jepa_vq.first_step(tiny(), items, goal, most, 1) for goal, most in ((-9., 4), (99., 3), (99., 100))] == [1, 3, 4]
