@@ -1,19 +1,29 @@
-# make run | make test | make lab | make reports | make prepare. Each sets up .venv first where that is missing or old.
+# Every target sets up .venv first where that is missing or older than what it is made from.
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
+UV := $(shell command -v uv)
 BUDGET ?= full
 SEEDS ?= 0 1 2
+# uv where it is there, else pip; neither compiles bytecode, which costs more than it saves on the first run
+VENV := $(if $(UV),uv venv -q --python $(PYTHON) .venv,$(PYTHON) -m venv .venv)
+INSTALL := $(if $(UV),uv pip install -q --python $(BIN)/python,$(BIN)/python -m pip install -q --no-compile) -c requirements.txt
+# Two processes of one thread each: threads of two processes that share two cores wait for each other
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20
 
-.PHONY: run test lab reports prepare install
+.PHONY: help run test test-all lab docs reports reports-render prepare lock install
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 run: install ## train the vision codec at budget=quick; print the result table, report and figures
 	$(BIN)/puzzle run 01_vision_puzzle
-# Two processes of one thread each: threads of two processes that share two cores wait for each other
 test: install ## everything CI runs
 	@$(BIN)/python tools/prepare.py --check
 	@$(BIN)/ruff check . || { echo 'mend with: .venv/bin/ruff check --fix .'; exit 1; }
+	@$(BIN)/python tools/house.py --warn --counts
 	@OMP_NUM_THREADS=1 PUZZLE_RUNS=$$(mktemp -d) $(BIN)/nbdev_test --timing --n_workers 2 || { echo 'mend with: open the notebook named above (make lab), fix the cell, make prepare'; exit 1; }
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20 || { echo 'mend with: .venv/bin/python -m pytest --lf -x'; exit 1; }
+	@$(TEST) || { echo 'mend with: .venv/bin/python -m pytest --lf -x'; exit 1; }
+test-all: test ## the same, and what takes minutes
+	@$(TEST) -m slow
 lab: install ## JupyterLab with the kernel registered
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name python3
 	$(BIN)/jupyter lab nbs
@@ -21,8 +31,11 @@ reports: install ## run every system at BUDGET for every seed of SEEDS (finished
 	$(BIN)/python tools/reports.py --budget $(BUDGET) --seeds $(SEEDS)
 prepare: install ## export, refresh outputs of changed notebooks, clean, render README: all that a commit needs
 	$(BIN)/python tools/prepare.py
+lock: install ## write requirements.txt from what pyproject.toml installs here
+	@$(INSTALL) -e '.[dev,docs]'
+	$(BIN)/python tools/lock.py
 install: .venv/.installed
 .venv/.installed: pyproject.toml requirements.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c requirements.txt -e '.[dev]' 2> >(grep -v '^WARNING: Location' >&2)
+	@test -x $(BIN)/python || $(VENV)
+	@$(INSTALL) -e '.[dev]' 2> >(grep -v '^WARNING: Location' >&2)
 	@touch $@
