@@ -14,6 +14,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 from torch import nn
 
+from .config import pick_device, pick_precision
 from .quantize import VectorQuantizer
 
 # %% ../../nbs/core/04_fit.ipynb #c008
@@ -98,6 +99,11 @@ def _accelerator(device, precision):
     if PartialState._shared_state and PartialState().num_processes == 1: AcceleratorState._reset_state(True) # a notebook may train twice, with another precision
     return Accelerator(mixed_precision=precision, cpu=device == 'cpu')
 
+def _precision(name, device, run, stage):
+    "What `name` stands for; `auto` stays what a run that is taken up again began this stage with."
+    begun = run.manifest.get('precision', {}).get(stage) if run else None
+    return begun if begun and name == 'auto' else pick_precision(name, pick_device(device))
+
 # %% ../../nbs/core/04_fit.ipynb #c017
 class Trainer:
     "A loop over steps. `fit(steps)` starts, or goes on where the run's checkpoint `name` stands; `seconds` is the time of its steps alone."
@@ -107,7 +113,7 @@ class Trainer:
         optimizer:torch.optim.Optimizer,
         schedule=constant, # (step, steps) -> multiplier of each group's rate
         clip:float=None, # largest norm of the gradient over all parameters
-        precision:str='no', # accelerate's mixed precision: no, bf16, fp16
+        precision:str='no', # no (float32), bf16, fp16, or auto: see `pick_precision`
         accumulate:int=1, # batches a step
         compile:bool=False, # torch.compile
         device:str='auto',
@@ -117,7 +123,8 @@ class Trainer:
         log_every:int=20, # steps
         save_seconds:float=60.
     ):
-        self.acc = _accelerator(device, precision)
+        self.precision = _precision(precision, device, run, name)
+        self.acc = _accelerator(device, self.precision)
         self.module, self.loss, self.batches, self.schedule, self.clip = model, loss, batches, schedule, clip
         self.accumulate, self.name, self.log_every, self.save_seconds = accumulate, name, log_every, save_seconds
         self.model, self.optimizer = self.acc.prepare(model, optimizer)
@@ -239,6 +246,7 @@ def fit(self:Trainer, steps:int):
 
 @patch
 def _loop(self:Trainer, steps):
+    if self.run: self.run.update(precision=self.run.manifest.get('precision', {}) | {self.name: self.precision})
     hooks = [c.after_step for c in self.callbacks if type(c).after_step is not Callback.after_step]
     every = 1 if self.device.type == 'cpu' else self.log_every
     while self.step < steps and not self.stopped:
