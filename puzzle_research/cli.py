@@ -209,7 +209,7 @@ def watch(run:Annotated[str, typer.Argument(help='A run id, the start of one, or
 @app.command()
 def publish(run:Annotated[list[str], typer.Argument(help='One run, or several that differ only in their seed.')]):
     "Copy the summary, figures and report of finished runs into reports/ and figures/, and renew the board."
-    from puzzle_research.core.report import publish as pub
+    from puzzle_research.core.publish import publish as pub
     from puzzle_research.core.runs import Run
     print(os.path.relpath(pub([Run.open(r).dir for r in run])))
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from puzzle_research.core.report import publish
+from puzzle_research.core.publish import publish
 from puzzle_research.core.runs import Run, notebook_hash, runs_folder
 
 
