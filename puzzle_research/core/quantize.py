@@ -326,7 +326,7 @@ def _draw_all(self:VectorQuantizer, rows, weights, n, generator):
     return rows[keys > -math.inf], total
 
 @patch
-@torch.compiler.disable
+@torch._disable_dynamo # torch.compiler.disable would load the whole compiler at import
 @torch.no_grad()
 def _start(self:VectorQuantizer, h):
     "k-means on the first training batch, once in the life of the codebook. Every process must run that forward."

@@ -1,0 +1,98 @@
+"What several test files need: commands as a user types them, runs in processes of their own, a killed run."
+import os, signal, subprocess, sys, time
+from pathlib import Path
+
+from puzzle_research.core.config import root
+from puzzle_research.core.runs import Run
+
+PUZZLE = Path(sys.executable).with_name('puzzle')
+PAPERMILL = Path(sys.executable).with_name('papermill')
+SMALL = dict(budget='test', data='bundled')
+
+
+def as_options(values): # dict of parameters
+    "`-p NAME VALUE` for each parameter, as papermill and `puzzle run` read them."
+    return [text for name, value in values.items() for text in ('-p', name, str(value))]
+
+
+def puzzle(*args, cwd=None, **env):
+    "Run `puzzle ARGS` to its end; the result has `returncode`, `stdout` and `stderr`."
+    cmd = [PUZZLE, *map(str, args)]
+    return subprocess.run(cmd, cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=300)
+
+
+def assert_one_clear_line(result, word, codes=(1, 2)):
+    "The command failed with a single line on stderr, and it says `word`."
+    assert result.returncode in codes and word in result.stderr, result.stderr
+    assert result.stderr.count('\n') == 1, result.stderr
+
+
+def start(cmd, runs, cwd=None):
+    "Begin a process whose runs go into the folder `runs`; stderr joins stdout."
+    env = os.environ | dict(PUZZLE_RUNS=str(runs), OMP_NUM_THREADS='1')
+    return subprocess.Popen([str(c) for c in cmd], cwd=cwd, env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(process, seconds=900):
+    "Wait for a process that must end well; return what it printed."
+    out, _ = process.communicate(timeout=seconds)
+    assert process.returncode == 0, out[-3000:]
+    return out
+
+
+def only_run(runs): # folder that holds a single run of a single system
+    return Run(next(p.parent for p in Path(runs).glob('*/*/manifest.json')))
+
+
+def wait_until(true, process):
+    "Wait until `true()`, as long as the process lives."
+    while not true():
+        time.sleep(.02)
+        assert process.poll() is None, process.communicate()[0]
+
+
+def killed_and_resumed(system, values, runs, word): # text of metrics.jsonl upon which the run is killed
+    "The run of a system that was killed in the middle, then taken up with `puzzle run --resume`."
+    process = start([PUZZLE, 'run', system, *as_options(values)], runs)
+    run_id = process.stdout.readline().split()[-1]
+    log = Path(runs)/system/run_id/'metrics.jsonl'
+    wait_until(lambda: log.exists() and word in log.read_text(), process)
+    run = only_run(runs)
+    os.kill(run.manifest['process']['pid'], signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert run.status == 'died'
+    finish(start([PUZZLE, 'run', system, '--resume', run_id], runs))
+    return run
+
+
+def measured(run):
+    "The run's metrics without those that a clock decides."
+    clocks = ('rate', 'speed', 'seconds')
+    metrics = run.summary['metrics']
+    return {name: m['value'] for name, m in metrics.items() if not any(c in name for c in clocks)}
+
+
+def assert_same_run(run, whole, files=('metrics.jsonl',)):
+    "Two runs measured the same and wrote the same bytes."
+    assert run.status == 'ok' and measured(run) == measured(whole)
+    for name in files:
+        assert (run.dir/name).read_bytes() == (whole.dir/name).read_bytes(), name
+
+
+def torchrun(script, *args, processes=2, seconds=180):
+    "Run a script in several processes that train together on the CPU."
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', processes]
+    env = os.environ | dict(ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1')
+    cmd = [str(c) for c in (*launch, script, *args)]
+    result = subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=seconds, cwd=root())
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def heavy_imports(code, names=('torch', 'numpy', 'pandas', 'matplotlib', 'datasets', 'papermill')):
+    "Which of the heavy packages a fresh Python has loaded after `code`, and what it printed."
+    code += f'\nimport sys\nprint("HEAVY", [name for name in {names!r} if name in sys.modules])'
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    printed, _, heavy = result.stdout.rpartition('HEAVY ')
+    assert heavy, result.stderr
+    return eval(heavy), printed
