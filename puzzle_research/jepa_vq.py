@@ -32,7 +32,10 @@ from matplotlib.ticker import LogLocator
 from torch import nn
 
 from .arc import generator, tasks as arc
-from .arc.objects import Objects, adjacency, draw_object, published_features, recoloured, table, turned, walk_features
+from .arc.features import adjacency, published_features, walk_features
+from .arc.grids import OUTSIDE, cut, draw_grid, recolour, stack_grids, symmetry
+from .arc.objects import Objects, draw_object, table
+from .arc.views import recoloured, turned
 from .core.config import configure, parameters, pick_device, seed_everything
 from .core.diagnose import CodeUsage, effective_rank, grad_norms, isotropy, plot_code_histogram, plot_gradient_norms, plot_spectrum, plot_usage_over_time, rank_ceiling, rankme, spectrum, style
 from .core.fit import Aborted, Batches, Best, Callback, Evaluate, Progress, Rule, Trainer, evaluating, warmup_cosine
@@ -469,7 +472,7 @@ def after_step(self:JEPA, momentum:float=.99):
     self.fresh = []
 
 # %% ../nbs/04_jepa_vq.ipynb #c075
-def _seen(canvas, view, colours): return arc.recolour(arc.symmetry(arc.cut(canvas), int(view)), np.asarray(colours))
+def _seen(canvas, view, colours): return recolour(symmetry(cut(canvas), int(view)), np.asarray(colours))
 def _key(g): return bytes(g.shape) + g.tobytes()
 
 def with_views(s, items, most:int, seed:int=0): # Sequences, their Items -> (Items with views, answer of each, number of candidates)
@@ -531,10 +534,10 @@ def first_of_each(answer, n): # position of the first item of every candidate
 def overlap(queries, candidates, part:int=256): # canvases (n, S, S), (K, S, S) -> (n, K) cells that agree, over cells that either covers
     "Agreement of grids, cell by cell."
     hot = lambda g: F.one_hot(torch.from_numpy(np.ascontiguousarray(g)).long(), 11)[..., :10].flatten(1).to(torch.bfloat16)
-    c = hot(candidates); inside = torch.from_numpy((candidates != arc.OUTSIDE).reshape(len(candidates), -1)).to(torch.bfloat16); cells = inside.float().sum(1)
+    c = hot(candidates); inside = torch.from_numpy((candidates != OUTSIDE).reshape(len(candidates), -1)).to(torch.bfloat16); cells = inside.float().sum(1)
     out = []
     for q in np.array_split(queries, max(1, len(queries)//part)):
-        q_in = torch.from_numpy((q != arc.OUTSIDE).reshape(len(q), -1)).to(torch.bfloat16)
+        q_in = torch.from_numpy((q != OUTSIDE).reshape(len(q), -1)).to(torch.bfloat16)
         both = (q_in @ inside.T).float(); union = q_in.float().sum(1, keepdim=True) + cells - both
         out.append((hot(q) @ c.T).float()/union)
     return torch.cat(out)
@@ -551,7 +554,7 @@ def without_network(cfg, items, tested, answer, K, questions:int=400) -> dict: #
     tasks = arc.test_tasks()[:20] if cfg.budget == 'test' else arc.test_tasks()
     valid = arc.demonstrations(split_tasks(cfg)[1], cfg.context)
     s, first = arc.demonstrations(tasks, cfg.context), first_of_each(answer, K)
-    grids = arc.stack_grids([_seen(s.grids[tested.index[i, -1]], tested.view[i], tested.colours[i]) for i in first.tolist()], 30)
+    grids = stack_grids([_seen(s.grids[tested.index[i, -1]], tested.view[i], tested.colours[i]) for i in first.tolist()], 30)
     rows = np.arange(len(items.test))[::max(1, len(items.test)//questions)]; res = {}
     for label, column in (('agrees most with the next input', -1), ('agrees most with the shown output', -2)):
         v = overlap(valid.grids[valid.context[:200, column]], valid.grids[valid.target[:200]])
@@ -772,7 +775,7 @@ def probes(model, cfg, items, n:int=1500) -> dict: # attribute -> score in %
     sides = [arc.demonstrations(t, 3) for t in (train[:100] if cfg.budget == 'test' else train[:350], arc.test_tasks()[:20] if cfg.budget == 'test' else arc.test_tasks())]
     pick = [rng.permutation(len(s.grids))[:n] for s in sides]; tables = [table(s.grids, cfg.objects) for s in sides]
     x, x2 = (grid_vectors(model, t, p) for t, p in zip(tables, pick))
-    grids = [[arc.cut(s.grids[i]) for i in p] for s, p in zip(sides, pick)]
+    grids = [[cut(s.grids[i]) for i in p] for s, p in zip(sides, pick)]
     a, b = (attributes(g) for g in grids)
     res = {k: 100*ridge(x, a[k][0], x2, b[k][0], a[k][1]) for k in a}
     counts = [np.log1p(t.count[p].numpy()) for t, p in zip(tables, pick)]; res['objects'] = 100*ridge(x, counts[0], x2, counts[1], True)
@@ -853,7 +856,7 @@ def paces(cfg, items, n:int=32) -> dict: # seconds a sequence
         for call in t.callbacks: call.before_fit(t)
         return lambda: (t.one_step(), t.module.after_step())
     grids = arc.demonstrations(arc.test_tasks()[:n//2], cfg.context); rows = np.column_stack([grids.context, grids.target])[:n].ravel(); rows = rows[rows >= 0]
-    walk = timed(lambda: [walk_features(arc.cut(grids.grids[i])) for i in rows], 1)/n
+    walk = timed(lambda: [walk_features(cut(grids.grids[i])) for i in rows], 1)/n
     small = cfg.budget == 'test'; straight = Config(recipe='seed', budget='test' if small else 'full').model_copy(update=dict(accumulate=1, device=cfg.device, precision=cfg.precision, objects=cfg.objects, context=cfg.context))
     n = min(n, len(items.train)); size = min(cfg.batch_size, len(items.train)); own = cfg.model_copy(update=dict(accumulate=1))
     return dict(published=timed(steps(straight, n), 1)/n + walk, ours=timed(steps(own, size))/size, extraction=walk)
@@ -1043,8 +1046,8 @@ def draw_neighbours(grid, s, n:int=4, near:int=5):
     fig, axes = plt.subplots(n, near + 1, figsize=((near + 1)*1.05, n*1.12), layout='constrained')
     for ax, i in zip(axes, rows):
         score = (unit @ unit[i]).numpy(); score[task == task[i]] = -2; order = score.argsort()[::-1][:near]
-        arc.draw_grid(arc.cut(s.grids[i]), ax[0], 'grid')
-        for a, j in zip(ax[1:], order): arc.draw_grid(arc.cut(s.grids[j]), a, f'{score[j]:.2f}')
+        draw_grid(cut(s.grids[i]), ax[0], 'grid')
+        for a, j in zip(ax[1:], order): draw_grid(cut(s.grids[j]), a, f'{score[j]:.2f}')
     return fig
 
 def draw_answers(p, t, tested, answer, K, s, n:int=4, near:int=4):
@@ -1053,10 +1056,10 @@ def draw_answers(p, t, tested, answer, K, s, n:int=4, near:int=4):
     rows = np.linspace(3, len(s) - 5, n).astype(int); width = s.context.shape[1]
     fig, axes = plt.subplots(n, width + 1 + near, figsize=((width + 1 + near)*.98, n*1.15), layout='constrained')
     for ax, i in zip(axes, rows):
-        for a, j in zip(ax, s.context[i]): arc.draw_grid(arc.cut(s.grids[j]), a, 'context' if i == rows[0] else '') if j >= 0 else a.axis('off')
-        arc.draw_grid(arc.cut(s.grids[s.target[i]]), ax[width], 'target' if i == rows[0] else '')
+        for a, j in zip(ax, s.context[i]): draw_grid(cut(s.grids[j]), a, 'context' if i == rows[0] else '') if j >= 0 else a.axis('off')
+        draw_grid(cut(s.grids[s.target[i]]), ax[width], 'target' if i == rows[0] else '')
         for a, c in zip(ax[width + 1:], score[i].argsort(descending=True)[:near].tolist()):
-            k = int(first[c]); arc.draw_grid(_seen(s.grids[int(tested.index[k, -1])], tested.view[k], tested.colours[k]), a)
+            k = int(first[c]); draw_grid(_seen(s.grids[int(tested.index[k, -1])], tested.view[k], tested.colours[k]), a)
             if c == answer[i]: a.spines[:].set_visible(True); [sp.set(color='#009E73', linewidth=2.5) for sp in a.spines.values()]
     axes[0, width + 1].set_title('answers, best first', fontsize=8, loc='left')
     return fig
