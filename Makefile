@@ -29,6 +29,8 @@ lab: install ## JupyterLab with the kernel registered
 	$(BIN)/jupyter lab nbs
 reports: install ## run every system at BUDGET for every seed of SEEDS (finished runs are kept, broken ones resumed), publish
 	$(BIN)/python tools/reports.py --budget $(BUDGET) --seeds $(SEEDS)
+reports-render: install ## render the published reports again from their JSON
+	$(BIN)/python -c 'from puzzle_research.core.publish import render_published as r; print(*r(), sep="\n")'
 prepare: install ## export, refresh outputs of changed notebooks, clean, render README: all that a commit needs
 	$(BIN)/python tools/prepare.py
 lock: install ## write requirements.txt from what pyproject.toml installs here

@@ -1,7 +1,7 @@
 """Write requirements.txt: the exact versions of what pyproject.toml installs here, and of nothing else.
 
-Run it in an environment where the tests pass: `make lock`. The file is a constraint (`pip install -c`), so that
-a line for another platform, or for an extra that is not asked for, installs nothing."""
+Run it where the tests pass: `make lock`. The file is a constraint (`pip install -c`), so a line for another
+platform, or for an extra that nobody asks for, installs nothing."""
 import re
 import sys
 import tomllib
@@ -13,53 +13,57 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = '# The exact versions that were tested. Written by tools/lock.py (`make lock`) from pyproject.toml.\n'
 EXTRAS = ('dev', 'docs')
+INSTALLERS = ('pip', 'setuptools', 'wheel')   # come with the environment
 
 
-def name_of(text):
-    "A package's name as the index compares it."
+def name_of(text:str) -> str:
+    "A package's name as an index compares it."
     return re.sub(r'[-_.]+', '-', text).lower()
 
 
-def wanted(path=ROOT/'pyproject.toml', extras=EXTRAS):
-    "What pyproject asks for by name."
-    project = tomllib.loads(path.read_text())['project']
-    asked = [*project['dependencies'], *(r for e in extras for r in project['optional-dependencies'].get(e, []))]
-    return [Requirement(r) for r in asked]
+def wanted(extras=EXTRAS) -> list: # of Requirement
+    "What pyproject.toml asks for by name."
+    project = tomllib.loads((ROOT/'pyproject.toml').read_text())['project']
+    optional = project['optional-dependencies']
+    return [Requirement(r) for r in [*project['dependencies'], *(r for e in extras for r in optional[e])]]
 
 
-def applies(requirement, extras):
+def applies(requirement:Requirement, extras) -> bool:
     "Is a dependency of a package needed on this machine, for these extras of the package?"
-    if not requirement.marker: return True
-    return any(requirement.marker.evaluate({'extra': e}) for e in ('', *extras))
+    marker = requirement.marker
+    return marker is None or any(marker.evaluate({'extra': e}) for e in ('', *extras))
 
 
-def closure(requirements):
-    "Everything that these requirements install: name -> (name as it is written, version); not installed: left out."
+def closure(requirements:list) -> dict: # name -> (name as written, version)
+    "Everything that these requirements install. A package that is not installed here is left out."
     found, seen, queue = {}, set(), [(r.name, tuple(sorted(r.extras))) for r in requirements]
     while queue:
         name, extras = queue.pop()
-        if (name_of(name), extras) in seen: continue
+        if (name_of(name), extras) in seen:
+            continue
         seen.add((name_of(name), extras))
-        try: dist = distribution(name)
-        except PackageNotFoundError: continue
+        try:
+            dist = distribution(name)
+        except PackageNotFoundError:
+            continue
         found[name_of(name)] = (dist.metadata['Name'], dist.version)
         needs = [Requirement(r) for r in dist.requires or []]
         queue += [(r.name, tuple(sorted(r.extras))) for r in needs if applies(r, extras)]
-    return found
+    return {name: pin for name, pin in found.items() if name not in INSTALLERS}
 
 
-def pinned(path=ROOT/'requirements.txt'):
-    "What requirements.txt pins: name -> version."
-    lines = [line.split('#')[0].strip() for line in path.read_text().splitlines()]
-    pairs = [line.split('==') for line in lines if line]
-    return {name_of(name): version for name, version in pairs}
+def pinned() -> dict: # name -> version
+    "What requirements.txt pins."
+    lines = [line.split('#')[0].strip() for line in (ROOT/'requirements.txt').read_text().splitlines()]
+    return {name_of(name): version for name, version in (line.split('==') for line in lines if line)}
 
 
 def main():
     asked = wanted()
     found = closure(asked)
     missing = [r.name for r in asked if name_of(r.name) not in found]
-    if missing: sys.exit(f"not installed here: {', '.join(missing)}; install with `.[{','.join(EXTRAS)}]` first")
+    if missing:
+        sys.exit(f"not installed here: {', '.join(missing)}; install `.[{','.join(EXTRAS)}]` first")
     lines = [f'{name}=={version}\n' for _, (name, version) in sorted(found.items())]
     (ROOT/'requirements.txt').write_text(HEAD + ''.join(lines))
     print(f'requirements.txt: {len(lines)} packages')

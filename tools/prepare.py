@@ -1,123 +1,193 @@
-"""All that a commit needs: export the notebooks, refresh outputs of those whose code changed, clean them, render the README.
+"""All that a commit needs: export the notebooks, run those that changed, clean, render what is published.
 
 `--check` changes nothing and says what is out of step; `--no-run` leaves stale outputs as they are."""
-import argparse, base64, hashlib, io, json, os, sys, tempfile
+import argparse
+import base64
+import hashlib
+import io
+import json
+import os
+import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 os.chdir(ROOT)
 sys.path.insert(0, str(ROOT))
-from execnb.nbio import read_nb, write_nb
-from nbdev.clean import _nbdev_clean
-from nbdev.doclinks import nbglob
-from nbdev.export import nb_export
+from execnb.nbio import read_nb, write_nb  # noqa: E402
+from nbdev.clean import _nbdev_clean  # noqa: E402
+from nbdev.doclinks import nbglob  # noqa: E402
+from nbdev.export import nb_export  # noqa: E402
 
-from puzzle_research.core.runs import notebook_hash
+from puzzle_research.core import publish  # noqa: E402
+from puzzle_research.core.runs import notebook_hash  # noqa: E402
 
 KERNEL = dict(display_name='python3', language='python', name='python3')
+LANGUAGE = dict(
+    codemirror_mode=dict(name='ipython', version=3), file_extension='.py', mimetype='text/x-python',
+    name='python', nbconvert_exporter='python', pygments_lexer='ipython3')
 
 
-def notebooks(): return sorted(Path(p) for p in nbglob(as_path=True))
-def is_system(p): return p.parent.name == 'nbs' and p.stem[0].isdigit()
+def notebooks() -> list:
+    return sorted(Path(p) for p in nbglob(as_path=True))
 
 
-def cleaned(path):
+def is_experiment(path:Path) -> bool:
+    return path.parent.name == 'nbs' and path.stem[0].isdigit()
+
+
+def number_cells(nb):
+    "Execution counts 1, 2, ... in the order of the cells, so that a code host shows the notebook as run."
+    run = 'executed' in nb.metadata
+    code = [c for c in nb.cells if c.cell_type == 'code']
+    said = [c for c in code if c.source.strip()]
+    counts = {id(c): i for i, c in enumerate(said, 1)} if run else {}
+    for cell in code:
+        cell.execution_count = counts.get(id(cell))
+        for output in cell.outputs:
+            if output['output_type'] == 'execute_result':
+                output['execution_count'] = cell.execution_count
+
+
+def cleaned(path:Path) -> str:
     "The notebook's text with nothing in it that a diff should not show."
     nb = read_nb(path)
+    as_run = 'language_info' in nb.metadata
     _nbdev_clean(nb)
     nb.metadata['kernelspec'] = dict(KERNEL)
+    if as_run:
+        nb.metadata['language_info'] = LANGUAGE
+        number_cells(nb)
     with tempfile.TemporaryDirectory() as d:
         write_nb(nb, Path(d)/'nb.ipynb')
         return (Path(d)/'nb.ipynb').read_text()
 
 
-def export(paths, to):
-    for p in paths: nb_export(p, to)
+def export(paths, to:Path):
+    for p in paths:
+        nb_export(p, to)
 
 
-def readme():
-    "README.md from the index notebook: its code cells are left out, their outputs stay, its links start from here."
+def readme() -> str:
+    "README.md from the index notebook: code cells are left out, outputs stay, links start from here."
     import nbformat
     from nbconvert import MarkdownExporter
-    ex = MarkdownExporter(exclude_input=True, exclude_output_prompt=True, exclude_input_prompt=True)
-    body, _ = ex.from_notebook_node(nbformat.read(ROOT/'nbs'/'index.ipynb', 4))
-    lines = [l.rstrip() for l in body.replace('](../', '](').strip().splitlines()]
-    text = '\n'.join(l for i, l in enumerate(lines) if l or i and lines[i-1])
-    return '<!-- rendered from nbs/index.ipynb by tools/prepare.py; edit that -->\n\n' + text + '\n'
+    exporter = MarkdownExporter(exclude_input=True)
+    body, _ = exporter.from_notebook_node(nbformat.read(ROOT/'nbs'/'index.ipynb', 4))
+    body = body.replace('](../', '](').replace('src="../', 'src="').replace('href="../', 'href="')
+    lines = [line.rstrip() for line in body.strip().splitlines()]
+    text = '\n'.join(line for i, line in enumerate(lines) if line or i and lines[i-1])
+    return f'<!-- rendered from nbs/index.ipynb by tools/prepare.py; edit that -->\n\n{text}\n'
 
 
-def state(path):
-    "Hash of what a notebook's outputs come from: its code, and for the index the published summaries that it shows."
-    shown = sorted((ROOT/'reports'/'summaries').glob('*.json')) if path.name == 'index.ipynb' else []
-    return hashlib.sha256(notebook_hash(path).encode() + b''.join(p.read_bytes() for p in shown)).hexdigest()[:16] if shown else notebook_hash(path)
+def state(path:Path) -> str:
+    "Hash of what a notebook's outputs come from: its code, and for the index the published summaries."
+    if path.name != 'index.ipynb':
+        return notebook_hash(path)
+    shown = b''.join(p.read_bytes() for p in sorted((ROOT/'reports'/'summaries').glob('*.json')))
+    return hashlib.sha256(notebook_hash(path).encode() + shown).hexdigest()[:16]
 
 
-def stale(path): return json.loads(path.read_text())['metadata'].get('executed') != state(path)
+def stale(path:Path) -> bool:
+    return json.loads(path.read_text())['metadata'].get('executed') != state(path)
 
 
-def small_png(text):
+def small_png(text:str) -> str:
     "A base64 PNG with a palette of 256 colours, where that is shorter."
     from PIL import Image
     out = io.BytesIO()
-    Image.open(io.BytesIO(base64.b64decode(text))).convert('RGB').quantize(256).save(out, 'PNG', optimize=True)
+    picture = Image.open(io.BytesIO(base64.b64decode(text)))
+    picture.convert('RGB').quantize(256).save(out, 'PNG', optimize=True)
     return min(text, base64.b64encode(out.getvalue()).decode(), key=len)
 
 
 def shrink(nb):
     "Figures of a notebook as small PNGs."
-    for c in nb.cells:
-        for o in c.get('outputs', []):
-            if 'image/png' in o.get('data', {}): o['data']['image/png'] = small_png(o['data']['image/png'])
-    return nb
+    outputs = [o for c in nb.cells for o in c.get('outputs', [])]
+    for data in (o['data'] for o in outputs if 'image/png' in o.get('data', {})):
+        data['image/png'] = small_png(data['image/png'])
 
 
-def execute(path):
+def execute(path:Path):
     "Run a notebook in place, as JupyterLab would, and mark it with the hash of the code that ran."
     import nbformat
     from nbclient import NotebookClient
     print(f'running {path.relative_to(ROOT)}', flush=True)
     nb = nbformat.read(path, 4)
-    NotebookClient(nb, timeout=1800, kernel_name='python3', extra_arguments=['--IPKernelApp.log_level=ERROR'], resources=dict(metadata=dict(path=str(path.parent)))).execute()
+    NotebookClient(nb, timeout=1800, kernel_name='python3', extra_arguments=['--IPKernelApp.log_level=ERROR'],
+                   resources=dict(metadata=dict(path=str(path.parent)))).execute()
     nb.metadata['executed'] = state(path)
-    nbformat.write(shrink(nb), path)
+    nb.metadata['language_info'] = LANGUAGE
+    shrink(nb)
+    nbformat.write(nb, path)
 
 
-def exports_to(path):
+def exports_to(path:Path) -> list:
     "Modules that a notebook exports."
-    cells = json.loads(path.read_text())['cells']
-    return [l.split()[-1] for c in cells for l in ''.join(c['source']).splitlines() if l.startswith('#| default_exp')]
+    sources = [''.join(c['source']).splitlines() for c in json.loads(path.read_text())['cells']]
+    return [line.split()[-1] for lines in sources for line in lines if line.startswith('#| default_exp')]
 
 
-def modules(): return {f: f.read_text() for f in (ROOT/'puzzle_research').rglob('*.py') if f.name not in ('_modidx.py', '__init__.py', 'cli.py')}
+def modules() -> dict: # path -> text
+    aside = ('_modidx.py', '__init__.py', 'cli.py')
+    return {f: f.read_text() for f in (ROOT/'puzzle_research').rglob('*.py') if f.name not in aside}
 
 
-def out_of_step(paths):
-    "Modules that an export would change, or that no notebook exports. nbdev resolves imports by the package's own folder, so it exports there; all is put back."
+def exported_afresh(paths) -> dict: # path -> text
+    "The modules as an export makes them. nbdev exports into the package's own folder; all is put back."
     before = modules()
     try:
         export(paths, ROOT/'puzzle_research')
-        after = modules()
+        return modules()
     finally:
-        for f in modules().keys() - before.keys(): f.unlink()
+        for f in modules().keys() - before.keys():
+            f.unlink()
         for f, text in before.items():
-            if f.read_text() != text: f.write_text(text)
+            if f.read_text() != text:
+                f.write_text(text)
+
+
+def out_of_step(paths):
+    "Modules that an export would change, or that no notebook exports."
+    before, after = modules(), exported_afresh(paths)
     exported = {name for p in paths for name in exports_to(p)}
     for f in sorted(after):
         name = '.'.join(f.relative_to(ROOT/'puzzle_research').with_suffix('').parts)
-        if name not in exported: yield f'{f.relative_to(ROOT)}: no notebook exports it'
-        elif before.get(f) != after[f]: yield f'{f.relative_to(ROOT)}: differs from what the notebooks export'
+        if name not in exported:
+            yield f'{f.relative_to(ROOT)}: no notebook exports it'
+        elif before.get(f) != after[f]:
+            yield f'{f.relative_to(ROOT)}: differs from what the notebooks export'
+
+
+def not_rendered():
+    "Published texts that are not what their sources render to."
+    docs = publish.documents(ROOT)
+    texts = {ROOT/'reports'/f"{doc['system']}.md": publish.published_report(doc) for doc in docs}
+    texts |= {ROOT/'reports'/'index.md': publish.render_board(docs), ROOT/'README.md': readme()}
+    for path, text in texts.items():
+        if not path.exists() or path.read_text() != text:
+            yield f'{path.relative_to(ROOT)}: differs from what it is rendered from'
 
 
 def findings(paths):
     "What is out of step, each with the file it is about."
     for p in paths:
-        name = p.relative_to(ROOT)
-        if cleaned(p) != p.read_text(): yield f'{name}: not clean'
-        if stale(p): yield f'{name}: outputs are older than its code or what it shows'
-        if is_system(p) and not any('parameters' in c['metadata'].get('tags', []) for c in json.loads(p.read_text())['cells']):
-            yield f'{name}: no cell is tagged `parameters`'
+        if cleaned(p) != p.read_text():
+            yield f'{p.relative_to(ROOT)}: not clean'
+        if stale(p):
+            yield f'{p.relative_to(ROOT)}: outputs are older than its code or what it shows'
     yield from out_of_step(paths)
-    if (ROOT/'README.md').read_text() != readme(): yield 'README.md: differs from nbs/index.ipynb'
+    yield from not_rendered()
+
+
+def prepare(paths, run:bool=True):
+    export(paths, ROOT/'puzzle_research')
+    for p in paths:
+        if run and stale(p):
+            execute(p)
+        p.write_text(cleaned(p))
+    publish.render_published(ROOT)
+    (ROOT/'README.md').write_text(readme())
 
 
 def main():
@@ -126,16 +196,14 @@ def main():
     ap.add_argument('--no-run', action='store_true')
     a = ap.parse_args()
     paths = notebooks()
-    if a.check:
-        bad = list(findings(paths))
-        if bad: sys.exit('\n'.join(bad) + '\nmend with: make prepare')
-        return print(f'{len(paths)} notebooks clean, exported and in step with the README')
-    export(paths, ROOT/'puzzle_research')
-    for p in paths:
-        if stale(p) and not a.no_run: execute(p)
-        p.write_text(cleaned(p))
-    (ROOT/'README.md').write_text(readme())
-    print(f'{len(paths)} notebooks prepared')
+    if not a.check:
+        prepare(paths, run=not a.no_run)
+        return print(f'{len(paths)} notebooks prepared')
+    bad = list(findings(paths))
+    if bad:
+        sys.exit('\n'.join(bad) + '\nmend with: make prepare')
+    print(f'{len(paths)} notebooks clean, exported and in step with README and reports')
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()
