@@ -288,7 +288,7 @@ def test_the_one_table_has_twelve_rows_and_the_rest_is_folded(make):
     assert len(main_metrics(summary)) == 12
     read, looked_up = render(run).split('## Details')
     assert all(f'`{k}`' in read or f'`{k}`' in looked_up for k in summary['metrics'])
-    assert 'Probe' in looked_up and looked_up.count('<details') == looked_up.count('</details>')
+    assert '<code>probe</code>' in looked_up and looked_up.count('<details') == looked_up.count('</details>')
 
 
 def test_a_run_without_git_data_figures_events_criteria_or_baselines_still_renders(make):

@@ -19,7 +19,6 @@ from nbdev.clean import _nbdev_clean  # noqa: E402
 from nbdev.doclinks import nbglob  # noqa: E402
 from nbdev.export import nb_export  # noqa: E402
 
-from puzzle_research.core import publish  # noqa: E402
 from puzzle_research.core.runs import notebook_hash  # noqa: E402
 
 KERNEL = dict(display_name='python3', language='python', name='python3')
@@ -161,6 +160,7 @@ def out_of_step(paths):
 
 def not_rendered():
     "Published texts that are not what their sources render to."
+    from puzzle_research.core import publish
     docs = publish.documents(ROOT)
     texts = {ROOT/'reports'/f"{doc['system']}.md": publish.published_report(doc) for doc in docs}
     texts |= {ROOT/'reports'/'index.md': publish.render_board(docs), ROOT/'README.md': readme()}
@@ -182,11 +182,12 @@ def findings(paths):
 
 def prepare(paths, run:bool=True):
     export(paths, ROOT/'puzzle_research')
+    from puzzle_research.core.publish import render_published   # as just exported
     for p in paths:
         if run and stale(p):
             execute(p)
         p.write_text(cleaned(p))
-    publish.render_published(ROOT)
+    render_published(ROOT)
     (ROOT/'README.md').write_text(readme())
 
 
