@@ -126,7 +126,7 @@ def _outcome(run_dir):
     from puzzle_research.core.runs import Run
     r = Run(run_dir)
     rel = os.path.relpath(run_dir)
-    print('\n' + result_table(r.summary))
+    print(f'\n{result_table(r.summary)}')
     print(f"\nstatus {r.status}, {r.manifest['seconds']:.0f} s, peak memory {r.manifest['peak_memory_mb']} MB")
     print(f'report  {rel}/report.md\nfigures {rel}/figures/')
 
@@ -154,7 +154,7 @@ def show(run:Annotated[str, typer.Argument(help='A run id, or the start of one.'
     for d in m['data']: print(f"data    {d['name']}/{d['split']}: {d['rows']} rows, {d['origin']}, {len(d['dropped'])} left out, sha256 {d['sha256'][:12]}")
     for e in r.events: print(f"event   {e['time']} {e['kind']}: {e['message']}")
     if m['error']: print(f"error   {m['error']}")
-    if (r.dir/'summary.json').exists(): print('\n' + result_table(r.summary))
+    if (r.dir/'summary.json').exists(): print(f'\n{result_table(r.summary)}')
     print(f'\nfolder  {os.path.relpath(r.dir)}')
 
 
