@@ -77,6 +77,16 @@ def _keep_best(cand, total, keep, best, cost):
 
 # %% ../../nbs/codec/11_additive.ipynb #5eadccac
 @numba.njit(cache=True)
+def _extend(ahead, path, best, live, s, gram, ahead_next, path_next):
+    "Sums number best//10, each with codeword best%10 of stage s added to it."
+    for b in range(live):
+        source, word = best[b]//10, s*10 + best[b]%10
+        ahead_next[b, s*10 + 10:] = ahead[source, s*10 + 10:] + 2*gram[word, s*10 + 10:]
+        path_next[b, :s] = path[source, :s]
+        path_next[b, s] = best[b]%10
+
+# %% ../../nbs/codec/11_additive.ipynb #f058de42
+@numba.njit(cache=True)
 def _beam(products, gram, width, digits):
     "Digits (n, stages) of sums near u, from u . codeword (n, 10 stages) and the Gram matrix of codewords."
     n, total = products.shape
@@ -96,11 +106,7 @@ def _beam(products, gram, width, digits):
                 cand[c] = cost[c//10] + ahead[c//10, word] + gram[word, word]
             keep = min(width, live*10)
             _keep_best(cand, live*10, keep, best, cost)
-            for b in range(keep):
-                source, word = best[b]//10, s*10 + best[b]%10
-                ahead_next[b, s*10 + 10:] = ahead[source, s*10 + 10:] + 2*gram[word, s*10 + 10:]
-                path_next[b, :s] = path[source, :s]
-                path_next[b, s] = best[b]%10
+            _extend(ahead, path, best, keep, s, gram, ahead_next, path_next)
             ahead, ahead_next, path, path_next, live = ahead_next, ahead, path_next, path, keep
         digits[i] = path[0]
 
@@ -173,3 +179,21 @@ def parts(self:AdditiveCode, digits:torch.Tensor): # (n, digits) -> first (n, d)
 def decode(self:AdditiveCode, digits:torch.Tensor) -> torch.Tensor: # (n, digits) -> (n, d)
     first, log_gain, shape = self.parts(digits)
     return first + log_gain.exp()*shape
+
+# %% ../../nbs/codec/11_additive.ipynb #b0626277
+@patch
+@torch.no_grad()
+def refine(self:AdditiveCode, x:torch.Tensor, rounds:int=3, width:int=4, ridge:float=1e-3):
+    "Weighted least squares for the shape codewords, in turn with the beam."
+    for _ in range(rounds):
+        digits = self.encode(x, width)
+        first, log_gain, shape = self.parts(digits)
+        size = log_gain.exp()
+        one_hot = F.one_hot(digits[:, len(self.first) + 1:].long(), DIGITS).flatten(1).to(x.dtype)
+        weighted = (one_hot*size.square()).T
+        normal = weighted @ one_hot
+        scale = normal.diag()
+        normal += torch.diag(ridge*scale + ridge*scale.mean())
+        step = torch.linalg.solve(normal.double(), (weighted @ ((x - first)/size - shape)).double())
+        self.shape += step.to(x.dtype).view_as(self.shape)
+    return self
