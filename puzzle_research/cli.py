@@ -214,6 +214,15 @@ def publish(run:Annotated[list[str], typer.Argument(help='One run, or several th
     print(os.path.relpath(pub([Run.open(r).dir for r in run])))
 
 
+@app.command()
+def new(kind:Annotated[str, typer.Argument(help='system or codec.')],
+        name:Annotated[str, typer.Argument(help='Of its module, such as word_puzzle.')]):
+    "Write a small working notebook to begin with: `puzzle new system NAME`, `puzzle new codec NAME`."
+    from puzzle_research.core.scaffold import new_notebook
+    path = new_notebook(kind, name)
+    print(f'{os.path.relpath(path)}\ntrain  puzzle run {path.stem}\ntest   nbdev_test --path {os.path.relpath(path)}')
+
+
 @data_app.command('list')
 def data_list():
     "Every data set the bench knows: what it is, its licence, where it was found."

@@ -213,7 +213,7 @@ def test_notes_of_seeds_are_one_note(make):
 
 def test_a_summary_without_a_title_says_so(make):
     for function in (collect, render, publish):
-        with pytest.raises(ValueError, match="summary.json has no 'title'"):
+        with pytest.raises(ValueError, match="the summary has no 'title'"):
             function(make(edit=lambda s: s.pop('title')))
 
 

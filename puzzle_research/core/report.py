@@ -16,9 +16,9 @@ import html, math, shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from .collect import baseline_kind, bare, check_summary, collect, merge_notes, NUMBER
+from .collect import baseline_kind, bare, collect, merge_notes, NUMBER
 from .config import notebook_of, root
-from .measure import BARS, OPS, show_given, show_number
+from .measure import BARS, OPS, check_summary, show_given, show_number
 from .runs import write_atomic
 
 # %% ../../nbs/core/09_report.ipynb #c006
