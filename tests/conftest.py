@@ -1,6 +1,8 @@
 "Fixtures that several test files share. Functions that they share are in shared.py."
 import pytest
 
+import puzzle_research.core.data as data
+import puzzle_research.core.hub as hub
 from shared import PUZZLE, SMALL, as_options, finish, only_run, start
 
 
@@ -23,3 +25,21 @@ def finished_run(tmp_path_factory):
             made[key] = only_run(runs)
         return made[key]
     return run
+
+
+@pytest.fixture
+def lake(tmp_path, monkeypatch):
+    "An empty data folder and an empty cache, without the hub."
+    (tmp_path/'lake').mkdir()
+    monkeypatch.setenv('PUZZLE_DATA', str(tmp_path/'lake'))
+    monkeypatch.setenv('PUZZLE_CACHE', str(tmp_path/'cache'))
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    hub.UNREACHABLE.clear()
+    return tmp_path/'lake'
+
+
+@pytest.fixture
+def no_cifar10(monkeypatch):
+    "As if no local file of CIFAR-10 were there."
+    find = data.find
+    monkeypatch.setattr(data, 'find', lambda name, split: None if name == 'cifar10' else find(name, split))

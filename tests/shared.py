@@ -1,6 +1,9 @@
 "What several test files need: commands as a user types them, runs in processes of their own, a killed run."
-import os, signal, subprocess, sys, time
+import importlib.util, io, os, signal, subprocess, sys, time
 from pathlib import Path
+
+import numpy as np, pyarrow as pa, pyarrow.parquet as pq
+from PIL import Image
 
 from puzzle_research.core.config import root
 from puzzle_research.core.runs import Run
@@ -96,3 +99,31 @@ def heavy_imports(code, names=('torch', 'numpy', 'pandas', 'matplotlib', 'datase
     printed, _, heavy = result.stdout.rpartition('HEAVY ')
     assert heavy, result.stderr
     return eval(heavy), printed
+
+
+def png(k, kind='png', size=32): # number of the picture
+    "A picture of noise as the bytes of a file."
+    out = io.BytesIO()
+    noise = np.random.RandomState(k).randint(0, 256, (size, size, 3), np.uint8)
+    Image.fromarray(noise).save(out, kind, **(dict(lossless=True) if kind == 'webp' else {}))
+    return out.getvalue()
+
+
+def pixels(file): # bytes of a picture
+    return np.asarray(Image.open(io.BytesIO(file))).transpose(2, 0, 1)
+
+
+def write_pictures(folder, files, split='train', columns=('img', 'label')):
+    "Parquet in the layout of the hub's CIFAR-10."
+    image, label = columns
+    rows = [{image: dict(bytes=b, path=f'{k}.png'), label: k % 10} for k, b in enumerate(files)]
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), folder/f'{split}.parquet', row_group_size=100)
+    return folder/f'{split}.parquet'
+
+
+def load_tool(name): # a script in tools/
+    spec = importlib.util.spec_from_file_location(name, root()/'tools'/f'{name}.py')
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
