@@ -19,23 +19,23 @@ from .report import render_document
 from .runs import Run, read_json, write_atomic, write_json
 
 # %% ../../nbs/core/11_publish.ipynb #14dee6ce
-BOARD = ['system', 'headline', 'best rival', 'limit', 'bars met', 'budget, seeds']
+BOARD = ['system', 'headline', 'best rival', 'limit', f"bars met: {', '.join(BARS)}", 'budget, seeds']
 
 def _best(doc, kind):
     pairs = references(doc, headline(doc))[kind]
     return show_given(pairs[0][1]) if pairs else '—'
 
 def bars_met(doc:dict) -> str:
-    "How many bars of each kind are met: `must 4/4, aim 1/2`."
-    met = {bar: [c['met'] for c in doc.get('criteria', []) if c['bar'] == bar] for bar in BARS}
-    return ', '.join(f'{bar} {sum(some)}/{len(some)}' for bar, some in met.items() if some) or '—'
+    "How many bars of each kind are met: `4/4, 1/2, 0/1`."
+    met = [[c['met'] for c in doc.get('criteria', []) if c['bar'] == bar] for bar in BARS]
+    return ',\u00a0'.join(f'{sum(some)}/{len(some)}' if some else '—' for some in met)
 
 def board_row(doc:dict, folder:str='' # what stands before the report's file name in a link
 ) -> list:
     "The line of a system: texts of markdown."
     name = headline(doc)
     m = doc['metrics'][name]
-    report = f"[{doc['title']}]({folder}{doc['system']}.md)"
+    report = f"[{doc['title']}]({folder}{doc['system']}.md)".replace(' ', '\u00a0')
     reached = f"{code(name)} **{ours(doc, name)}** {m['unit']}"
     beside = [_best(doc, kind) for kind in ('rival', 'limit')]
     return [report, reached, *beside, bars_met(doc), f"{doc['budget']}, {seeds_of(doc)}"]

@@ -36,7 +36,7 @@ def brightness(pictures): # uint8 (B, 3, 32, 32) -> floats (B, 30, 30) in [0, 1]
 # %% ../../nbs/guides/02_codec.ipynb #ed43c3dc
 recipe:str = 'best' # seed: evenly spaced levels; best: levels that fit the data
 budget:str = 'quick' # test: seconds, full: minutes
-data:str = 'auto' # auto: real where it is at hand; real; bundled
+data:str = 'bundled' # the repository's photographs; real: CIFAR-10; auto: real where it is at hand
 seed:int = 0 # of the photographs that are drawn
 device:str = 'cpu' # of everything
 run:str = '' # a run to take up again

@@ -38,7 +38,7 @@ def show(rows:dict, n:int=8): # label -> (N, 3072)
 # %% ../../nbs/guides/01_system.ipynb #fda6cad5
 recipe:str = 'best' # seed: a constant rate; best: the rate rises and falls
 budget:str = 'quick' # test: seconds, full: minutes
-data:str = 'auto' # auto: real where it is at hand; real; bundled
+data:str = 'bundled' # the repository's photographs; real: CIFAR-10; auto: real where it is at hand
 seed:int = 0 # of weights and batches
 device:str = 'auto' # of training
 run:str = '' # a run to take up again
