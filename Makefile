@@ -27,6 +27,11 @@ test-all: test ## the same, and what takes minutes
 lab: install ## JupyterLab with the kernel registered
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name python3
 	$(BIN)/jupyter lab nbs
+docs: .venv/.docs ## build notebooks and reports as a site with a search, in build/site
+	$(BIN)/python tools/docs.py
+.venv/.docs: .venv/.installed
+	@$(INSTALL) -e '.[docs]'
+	@touch $@
 reports: install ## run every system at BUDGET for every seed of SEEDS (finished runs are kept, broken ones resumed), publish
 	$(BIN)/python tools/reports.py --budget $(BUDGET) --seeds $(SEEDS)
 reports-render: install ## render the published reports again from their JSON

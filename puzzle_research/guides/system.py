@@ -7,10 +7,11 @@ __all__ = ['PRESETS', 'Config', 'photos', 'show', 'Narrow', 'build', 'halves', '
            'load_model', 'evaluate', 'draw']
 
 # %% ../../nbs/guides/01_system.ipynb #475edc36
+import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
-from ..core.config import configure, parameters, pick_device, seed_everything
+from ..core.config import configure, parameters, seed_everything
 from ..core.data import load
 from ..core.fit import Batches, Evaluate, Progress, Trainer, warmup_cosine
 from ..core.measure import criteria, metric, often
