@@ -63,6 +63,23 @@ def lay_out(docs:Path):
     for name in [*TEXTS, 'data/README.md']:
         shutil.copy(ROOT/name, docs/name)
     (docs/'nbs'/'index.ipynb').unlink()   # the README is rendered from it
+    for path in (docs/'nbs').rglob('*.ipynb'):
+        path.write_text(with_formulas(path.read_text()))
+
+
+MATH = re.compile(r'(```.*?```|`[^`]*`)|(\$\$?)([^$]+?)\2', re.S)
+
+def with_formulas(notebook:str) -> str: # both as JSON
+    "TeX in text cells as MathML, which browsers show without a script."
+    from latex2mathml.converter import convert
+
+    def formula(m):
+        return m[0] if m[1] else convert(m[3], display='block' if m[2] == '$$' else 'inline')
+    nb = json.loads(notebook)
+    for cell in nb['cells']:
+        if cell['cell_type'] == 'markdown':
+            cell['source'] = MATH.sub(formula, ''.join(cell['source']))
+    return json.dumps(nb)
 
 
 def build(build:Path=BUILD) -> Path: # of the site
