@@ -1,8 +1,11 @@
 "Fixtures that several test files share. Functions that they share are in shared.py."
+import sys
+
 import pytest
 
 import puzzle_research.core.data as data
 import puzzle_research.core.hub as hub
+from puzzle_research.cli import main
 from shared import PUZZLE, SMALL, as_options, finish, only_run, start
 
 
@@ -43,3 +46,14 @@ def no_cifar10(monkeypatch):
     "As if no local file of CIFAR-10 were there."
     find = data.find
     monkeypatch.setattr(data, 'find', lambda name, split: None if name == 'cifar10' else find(name, split))
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    "`command('encode', 'a.wav')`: exit status and stderr of `puzzle encode a.wav`, in this process."
+    def call(*args):
+        monkeypatch.setattr(sys, 'argv', ['puzzle', *map(str, args)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code, capsys.readouterr().err
+    return call

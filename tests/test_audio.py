@@ -1,5 +1,5 @@
 "The audio codec as its users meet it: packaged weights, files of every kind, broken recordings, commands, runs."
-import io, sys
+import io
 from types import SimpleNamespace
 
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest, soundfile as sf, torch
@@ -8,7 +8,6 @@ from puzzle_research.audio.clips import clips, masked_mse, mean_map
 from puzzle_research.audio.mel import RATE, mel
 from puzzle_research.audio_puzzle import (
     WEIGHTS, AudioPuzzle, Config, build, decode_file, draw_seeds, encode_file, learned_numbers)
-from puzzle_research.cli import main
 from puzzle_research.core import data as D
 from puzzle_research.core.config import root
 from puzzle_research.core.puzzle import check_codec, load_puzzles, save_puzzles
@@ -236,17 +235,6 @@ def test_the_bundled_clips_are_split_by_voice_and_small():
 
 
 # commands and runs
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    "`command('encode', 'a.wav')`: exit status and stderr of `puzzle encode a.wav`, in this process."
-    def call(*args):
-        monkeypatch.setattr(sys, 'argv', ['puzzle', *map(str, args)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return end.value.code, capsys.readouterr().err
-    return call
-
 
 def test_command_line_by_ending_and_kind(tmp_path, command):
     sf.write(tmp_path/'a.wav', voice(), RATE)
