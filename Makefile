@@ -2,12 +2,8 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
-UV := $(shell command -v uv)
 BUDGET ?= full
 SEEDS ?= 0 1 2
-# uv where it is there, else pip; neither compiles bytecode, which costs more than it saves on the first run
-VENV := $(if $(UV),uv venv -q --python $(PYTHON) .venv,$(PYTHON) -m venv .venv)
-INSTALL := $(if $(UV),uv pip install -q --python $(BIN)/python,$(BIN)/python -m pip install -q --no-compile) -c requirements.txt
 # Two processes of one thread each: threads of two processes that share two cores wait for each other
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20
 
@@ -30,7 +26,7 @@ lab: install ## JupyterLab with the kernel registered
 docs: .venv/.docs ## build notebooks and reports as a site with a search, in build/site
 	$(BIN)/python tools/docs.py
 .venv/.docs: .venv/.installed
-	@$(INSTALL) -e '.[docs]'
+	@tools/install.sh docs
 	@touch $@
 reports: install ## run every system at BUDGET for every seed of SEEDS (finished runs are kept, broken ones resumed), publish
 	$(BIN)/python tools/reports.py --budget $(BUDGET) --seeds $(SEEDS)
@@ -39,10 +35,9 @@ reports-render: install ## render the published reports again from their JSON
 prepare: install ## export, refresh outputs of changed notebooks, clean, render README: all that a commit needs
 	$(BIN)/python tools/prepare.py
 lock: install ## write requirements.txt from what pyproject.toml installs here
-	@$(INSTALL) -e '.[dev,docs]'
+	@tools/install.sh dev,docs
 	$(BIN)/python tools/lock.py
 install: .venv/.installed
 .venv/.installed: pyproject.toml requirements.txt
-	@test -x $(BIN)/python || $(VENV)
-	@$(INSTALL) -e '.[dev]' 2> >(grep -v '^WARNING: Location' >&2)
+	@PYTHON=$(PYTHON) tools/install.sh dev
 	@touch $@

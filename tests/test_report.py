@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from puzzle_research.core import publish as publishing
+from puzzle_research.core.beside import main_metrics
 from puzzle_research.core.collect import collect, combine, example_run, example_summary
 from puzzle_research.core.lint import LINTS, lint
 from puzzle_research.core.measure import metric, show_number
 from puzzle_research.core.publish import Refused, documents, draw_over_seeds, publish, render_published
 from puzzle_research.core.publish import renew_board
-from puzzle_research.core.report import command, main_metrics, render, render_document
+from puzzle_research.core.report import command, render, render_document
 from puzzle_research.core.report import result_table, write_report
 
 

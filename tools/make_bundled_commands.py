@@ -23,8 +23,10 @@ RATE = 16_000
 
 
 def speak(word, voice, speed, pitch): # -> float (n,) at RATE, silence at the ends cut
-    wav = subprocess.run(['espeak-ng', '-v', voice, '-s', str(speed), '-p', str(pitch), '--stdout', word], capture_output=True, check=True).stdout
-    x, rate = sf.read(io.BytesIO(wav[:4] + (len(wav) - 8).to_bytes(4, 'little') + wav[8:]))   # espeak-ng leaves the size of a pipe open
+    command = ['espeak-ng', '-v', voice, '-s', str(speed), '-p', str(pitch), '--stdout', word]
+    wav = subprocess.run(command, capture_output=True, check=True).stdout
+    sized = wav[:4] + (len(wav) - 8).to_bytes(4, 'little') + wav[8:]   # of a pipe, espeak-ng leaves it open
+    x, rate = sf.read(io.BytesIO(sized))
     x = resample_poly(x, RATE, rate)
     loud = np.flatnonzero(np.abs(x) > .01*np.abs(x).max())
     return x[loud[0]:loud[-1]]
@@ -57,20 +59,29 @@ def rows(split):
             voice = f'{accent}+{variant}'
             r = np.random.default_rng([ord(c) for c in voice])
             for label, word in enumerate(WORDS):
-                yield dict(file=f'{word}/{voice}.wav', audio=dict(bytes=flac(take(word, voice, r)), path=f'{word}/{voice}.flac'), label=label, speaker_id=voice, utterance_id=0)
+                audio = dict(bytes=flac(take(word, voice, r)), path=f'{word}/{voice}.flac')
+                where = dict(file=f'{word}/{voice}.wav', audio=audio, label=label)
+                yield where | dict(speaker_id=voice, utterance_id=0)
 
 
 def make(folder):
-    hub = {'info': {'features': {'audio': {'sampling_rate': RATE, '_type': 'Audio'}, 'label': {'names': list(WORDS), '_type': 'ClassLabel'}}}}
-    schema = pa.schema([('file', pa.string()), ('audio', pa.struct([('bytes', pa.binary()), ('path', pa.string())])), ('label', pa.int64()), ('speaker_id', pa.string()), ('utterance_id', pa.int64())],
-                       metadata={'huggingface': json.dumps(hub)})
+    label = {'names': list(WORDS), '_type': 'ClassLabel'}
+    features = {'audio': {'sampling_rate': RATE, '_type': 'Audio'}, 'label': label}
+    sound = pa.struct([('bytes', pa.binary()), ('path', pa.string())])
+    text, number = pa.string(), pa.int64()
+    columns = dict(file=text, audio=sound, label=number, speaker_id=text, utterance_id=number)
+    hub = json.dumps({'info': {'features': features}})
+    schema = pa.schema(list(columns.items()), metadata={'huggingface': hub})
     folder.mkdir(parents=True, exist_ok=True)
     for split in VARIANTS:
         made = list(rows(split))
         order = np.random.RandomState(0).permutation(len(made))
-        pq.write_table(pa.Table.from_pylist([made[i] for i in order], schema=schema), folder/f'{split}.parquet', compression='none', use_dictionary=False, write_statistics=False)
-        print(f'{split}: {len(made)} clips, {(folder/f"{split}.parquet").stat().st_size/1e6:.2f} MB')
+        table = pa.Table.from_pylist([made[i] for i in order], schema=schema)
+        file = folder/f'{split}.parquet'
+        pq.write_table(table, file, compression='none', use_dictionary=False, write_statistics=False)
+        print(f'{split}: {len(made)} clips, {file.stat().st_size/1e6:.2f} MB')
 
 
 if __name__ == '__main__':
-    make(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parents[1]/'data'/'bundled_commands')
+    default = Path(__file__).resolve().parents[1]/'data'/'bundled_commands'
+    make(Path(sys.argv[1]) if len(sys.argv) > 1 else default)

@@ -1,8 +1,8 @@
-"""Make data/bundled_{stories,problems,riddles,snippets}: text, word problems, questions and small functions, all from seeds.
+"""Make data/bundled_{stories,problems,riddles,snippets}: stories, word problems, questions, small functions.
 
     python tools/make_bundled_text.py [FOLDER]
 
-The functions stand in nbs/lm/01_corpus.ipynb. The same versions of numpy and pyarrow give the same files, byte for byte."""
+The functions stand in nbs/lm/01_corpus.ipynb. The same numpy and pyarrow give the same files."""
 import sys
 from pathlib import Path
 
@@ -11,10 +11,22 @@ import pyarrow.parquet as pq
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from puzzle_research.lm.corpus import BUNDLED_ROWS, bundled_rows
+from puzzle_research.lm.corpus import BUNDLED_ROWS, bundled_rows  # noqa: E402
 
-SCHEMA = dict(text=pa.string(), question=pa.string(), answer=pa.string(), id=pa.string(), choices=pa.struct([('text', pa.list_(pa.string())), ('label', pa.list_(pa.string()))]), answerKey=pa.string(),
-              task_id=pa.int32(), code=pa.string(), test_list=pa.list_(pa.string()), test_setup_code=pa.string(), challenge_test_list=pa.list_(pa.string()))
+TEXT, TEXTS = pa.string(), pa.list_(pa.string())
+SCHEMA = {
+    'text': TEXT,
+    'question': TEXT,
+    'answer': TEXT,
+    'id': TEXT,
+    'choices': pa.struct([('text', TEXTS), ('label', TEXTS)]),
+    'answerKey': TEXT,
+    'task_id': pa.int32(),
+    'code': TEXT,
+    'test_list': TEXTS,
+    'test_setup_code': TEXT,
+    'challenge_test_list': TEXTS,
+}
 
 
 def main():
@@ -24,8 +36,10 @@ def main():
         for split in ('train', 'validation', 'test'):
             rows = bundled_rows(kind, split, n)
             table = pa.Table.from_pylist(rows, schema=pa.schema([(k, SCHEMA[k]) for k in rows[0]]))
-            pq.write_table(table, folder/f'bundled_{kind}'/f'{split}.parquet', compression='zstd', compression_level=19)
+            file = folder/f'bundled_{kind}'/f'{split}.parquet'
+            pq.write_table(table, file, compression='zstd', compression_level=19)
             print(f'bundled_{kind}/{split}: {len(rows)} rows')
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

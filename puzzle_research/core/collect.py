@@ -166,6 +166,7 @@ def _refuse_others(configs, manifests, summaries):
     _same('summary', [{k: s[k] for k in ('system', 'recipe', 'budget')} for s in summaries])
     _same('set of metrics', [{k: m['unit'] for k, m in s['metrics'].items()} for s in summaries])
 
+# %% ../../nbs/core/08_collect.ipynb #c1e19a3a
 def combine(run_dirs:list # folders of runs that differ only in seed
 ) -> dict: # a summary: mean, sd, seeds and per_seed of each metric
     """One summary of several runs. Raises ValueError for a run that is not ok, a repeated seed, and whatever
