@@ -32,7 +32,7 @@ for stage, steps in (('first', 60), ('second', 120)):
             schedule=warmup_cosine(), clip=1., device='cpu', run=run, name=stage, log_every=5, save_seconds=.2,
             callbacks=[WeightAverage(.9), Evaluate(mse, 10), Best('mse')]).fit(steps)
 save_state(run.dir/'final.safetensors', model.state_dict())
-run.finish(dict(metrics={}))
+run.finish(dict(title='A', claim='B', metrics={}))
 '''
 
 

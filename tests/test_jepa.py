@@ -220,7 +220,7 @@ t = trainer(cfg, items, run); t.save_seconds, loss = .5, t.loss
 def waiting(*a): time.sleep(slow); return loss(*a)
 t.loss = waiting
 save_state(run.dir/'final.safetensors', t.fit(16).module.state_dict())
-run.finish(dict(metrics={}))
+run.finish(dict(title='A', claim='B', metrics={}))
 '''
 
 def stage(tmp, recipe, slow=0., resume='', wait=True):

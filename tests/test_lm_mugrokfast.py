@@ -235,7 +235,7 @@ run, cfg = begin('lm_mugrokfast', Config(budget='test', run=resume))
 print(run.id, flush=True)
 train(cfg, run)
 run.save(dict(legs=run.load('legs')), 'final')
-run.finish(dict(metrics={}))
+run.finish(dict(title='A', claim='B', metrics={}))
 '''
 
 

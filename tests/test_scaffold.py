@@ -76,6 +76,7 @@ def test_a_summary_without_a_title_fails_by_name(project):
     done = call('puzzle run nameless')
     assert done.returncode == 1
     assert "the summary has no 'title'" in done.stderr
+    assert last_run(folder, 'nameless')[1]['status'] == 'failed'
 
 
 @pytest.mark.parametrize('args,says', [

@@ -13,6 +13,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from .checkpoint import TornCheckpoint, load_state, rng_state, save_state, set_rng_state
 from .files import append_jsonl, read_json, read_jsonl, write_atomic, write_json
+from .measure import check_summary
 from .params import nearest, root
 from .provenance import (code_state, git_state, notebook_hash, status, this_process,
                                              versions)
@@ -212,7 +213,8 @@ def write_summary(self:Run, summary:dict):
 
 @patch
 def finish(self:Run, summary:dict):
-    "Write summary.json and end the run with status `ok`."
+    "Write summary.json and end the run with status `ok`. Raises ValueError naming what the summary lacks."
+    check_summary(summary)
     self.write_summary(summary)
     self.close('ok')
 
