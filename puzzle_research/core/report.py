@@ -221,11 +221,13 @@ def environment_section(doc:dict) -> str:
     return f"{table.markdown()}\n\n{Table(['', ''], machine + versions).markdown()}"
 
 # %% ../../nbs/core/11_report.ipynb #c031
-LATE = ('training', 'usage', 'code_use', 'rates')   # figures of the way come after those of what was reached
+# Figures of what was tried and of the way there come after those of what was reached
+LATE = ('ablations', 'collapse', 'comparison', 'code_use', 'gradients', 'histogram', 'rates',
+        'training', 'usage')
 
 def figure_section(doc:dict, at) -> str:
     "Figures with their captions; captions alone where `at` is None."
-    names = sorted(doc['figures'], key=lambda name: name in LATE)
+    names = sorted(doc['figures'], key=lambda name: (name in LATE, name))
     def one(i, name):
         picture = f'![{name}]({at}{name}.png)\n\n' if at is not None else ''
         return f"{picture}*Figure {i}. {doc['figures'][name]}*"
