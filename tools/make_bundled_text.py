@@ -2,7 +2,7 @@
 
     python tools/make_bundled_text.py [FOLDER]
 
-The functions stand in nbs/lm/01_corpus.ipynb. The same numpy and pyarrow give the same files."""
+The functions stand in nbs/lm/11_bundled_text.ipynb. The same numpy and pyarrow give the same files."""
 import sys
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from puzzle_research.lm.corpus import BUNDLED_ROWS, bundled_rows  # noqa: E402
+from puzzle_research.lm.bundled_text import BUNDLED_ROWS, bundled_rows  # noqa: E402
 
 TEXT, TEXTS = pa.string(), pa.list_(pa.string())
 SCHEMA = {
