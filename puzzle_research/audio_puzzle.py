@@ -11,33 +11,39 @@ __all__ = ['PRESETS', 'BOUNDS', 'Config', 'SPLITS', 'DB_A_BIT', 'LEGACY', 'PUBLI
            'draw_seeds']
 
 # %% ../nbs/02_audio_puzzle.ipynb #e8cbcb9a
-import math, time
+import time
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt, numpy as np, torch
 from torch import nn
 
 from .audio.anchors import anchor_table, below_mean
-from .audio.clips import clips, db_rms, masked_mse, mean_map
+from .audio.clips import clips, db_rms, masked_mse
 from .audio.codec import (
-    WEIGHTS, AudioPuzzle, calibrate, decoder_view, learned_numbers, load_codec, polish_loss)
+    AudioPuzzle, calibrate, decoder_view, learned_numbers, load_codec, polish_loss)
 from .audio.context import at_step, context_loss, guess_step
 from .audio.figures import (
     draw_bands, draw_one_digit, draw_plane, draw_reconstructions, draw_training)
-from .audio.files import decode_file, encode_file
 from .audio.keywords import KeywordNet, keyword_loss, words_heard
-from .audio.mel import BANDS, CEILING, FLOOR, FRAMES, RATE, SAMPLES, mel, to_waveform
+from .audio.mel import BANDS, CEILING, FLOOR, FRAMES, RATE, SAMPLES, mel
 from .audio.published import (
     PublishedVAE, published_loss, published_measures, published_mse, watch_published)
 from .codec.published import legacy_metrics, load_published, published_trainer, save_published
 from .codec.race import FirstBetter, race_result, through_digits
+from .core.checkpoint import load_state, save_state
 from .core.config import configure, parameters, pick_device, seed_everything
-from .core.data import find
 from .core.diagnose import codebook_perplexity, psnr, style
 from .core.fit import Batches, Evaluate, Progress, Trainer, WeightAverage, one_cycle_linear
 from .core.measure import criteria, metric, often
+from .core.parquet import find
 from .core.puzzle import to_digits
-from .core.runs import begin, load_state, save_state
+from .core.runs import begin
+
+# %% ../nbs/02_audio_puzzle.ipynb #948a8bb1
+from .audio.clips import mean_map
+from .audio.codec import WEIGHTS
+from .audio.files import decode_file, encode_file
+from .audio.mel import to_waveform
 
 # %% ../nbs/02_audio_puzzle.ipynb #c004
 recipe:str = 'best' # seed: the published design; best: ours, which trains the published design beside it
@@ -63,7 +69,7 @@ encoder_tradeoff:float = 0.07 # squared quantiser steps that a bit is worth to t
 test_clips:int = None # test clips measured; 0: all
 
 # %% ../nbs/02_audio_puzzle.ipynb #c005
-PRESETS = dict(test={}, quick={}, full={})
+PRESETS = {}
 PRESETS['test'] = dict(
     data='auto',
     published_steps=3,
@@ -465,13 +471,14 @@ def draw(run):
     published, _ = load_published(run, PublishedVAE(cfg.commitment))
     codec = load_codec(run.dir/'codec.safetensors') if cfg.recipe == 'best' else None
     puzzles, decoded = state['puzzles'], state['decoded']
+    most, few = (4, 2) if cfg.budget == 'test' else (48, 6)         # clips of what has to be encoded again
     style()
     save_figure(run, 'reconstructions', draw_reconstructions(sounds.test, puzzles, decoded, published), 85)
-    save_figure(run, 'rate_distortion', draw_plane(run.summary, sounds, codec))
+    save_figure(run, 'rate_distortion', draw_plane(run.summary, sounds, codec, most))
     save_figure(run, 'error_by_band', draw_bands(sounds.test, decoded, published))
     save_figure(run, 'training', draw_training({cfg.seed: run.metrics}))
     if codec:
-        save_figure(run, 'one_digit', draw_one_digit(codec, published, sounds.test, puzzles))
+        save_figure(run, 'one_digit', draw_one_digit(codec, published, sounds.test, puzzles, few))
 
 def draw_seeds(runs):
     "Training of several seeds in one figure, into the first run's folder."

@@ -12,8 +12,8 @@ import numpy as np, torch
 
 from .clips import masked_mse, mean_map
 from .mel import BANDS, FRAMES, to_db, unit
-from ..core.data import cache_folder
 from ..core.diagnose import PCA, fit_digits, fit_pca, psnr, reverse_water_filling
+from ..core.fingerprint import cache_folder
 from ..core.puzzle import CAPACITY_BITS
 
 # %% ../../nbs/audio/03_anchors.ipynb #8d5d5039
@@ -25,7 +25,7 @@ def filled(part, # `Clips`
 
 # %% ../../nbs/audio/03_anchors.ipynb #31fb623d
 def separable_pca(x # (N, 128, 32)
-) -> PCA: # of d = 4,096 components
+) -> PCA: # of 128*32 components
     "Principal components of a covariance that is a product of one over bands and one over frames."
     mean = x.mean(0, dtype=np.float64)
     r = x - mean.astype(np.float32)

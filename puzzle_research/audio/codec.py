@@ -21,7 +21,7 @@ from ..codec.files import weights_path
 from ..codec.step_codec import OCTAVES, STEPS, StepCodec, log_step_of
 from ..codec.tables import Alphabet, Tables, load_tables
 from ..codec.trellis import Quantiser
-from ..core.runs import load_state, save_state
+from ..core.checkpoint import load_state, save_state
 
 # %% ../../nbs/audio/06_codec.ipynb #95babbbf
 class ExactModel:

@@ -10,6 +10,7 @@ __all__ = ['PANELS', 'draw_reconstructions', 'quality_at', 'draw_plane', 'draw_b
 import math
 
 import matplotlib.pyplot as plt, numpy as np, torch
+from matplotlib.ticker import LogLocator
 
 from .anchors import filled, separable_pca
 from .clips import db_rms, masked_mse, mean_map
@@ -114,7 +115,7 @@ def draw_bands(part, # `Clips`
     decoded, published):
     "RMS error by band, of ours and of the published design, beside the spread of the clips themselves."
     theirs = published.decode(published.encode(part.mel))
-    curves = {('mean map', 'grey'): mean_map(part.mel, part.mask),
+    curves = {('mean of the clips', 'grey'): mean_map(part.mel, part.mask),
               ('published design', 'pink'): theirs,
               ('ours', 'orange'): decoded}
     fig, ax = plt.subplots(figsize=(5.4, 2.6))
@@ -171,7 +172,9 @@ def changed(model, puzzles, # (B, 30, 30)
 
 # %% ../../nbs/audio/08_figures.ipynb #7a2a5792
 def draw_one_digit(codec, published, part, # `Clips`
-    puzzles, cells=(*range(3, 900, 69),), n:int=6 # clips
+    puzzles, # of all its clips
+    n:int=6, # clips
+    cells=range(3, 900, 69)
 ):
     "Thin lines are clips, thick ones their root mean square."
     fig, ax = plt.subplots(figsize=(5.4, 2.6))
@@ -182,7 +185,8 @@ def draw_one_digit(codec, published, part, # `Clips`
         ax.plot(cells, change, color=COLORS[color], lw=.6, alpha=.5)
         ax.plot(cells, (change**2).mean(1)**.5, '.-', color=COLORS[color], label=name)
     ax.set(xlabel='cell whose digit is raised by one', ylabel='change, dB RMS', yscale='log')
-    ax.set_yticks([.3, 1, 3, 10, 30], ['0.3', '1', '3', '10', '30'])
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    ax.yaxis.set_major_formatter('{x:g}')
     ax.minorticks_off()
     ax.legend(loc='center', ncols=2)
     return fig

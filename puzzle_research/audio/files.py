@@ -13,7 +13,7 @@ import torch, torch.nn.functional as F
 from .codec import WEIGHTS, AudioPuzzle
 from .mel import RATE, SAMPLES, mel, to_waveform
 from ..codec.files import open_puzzles, weights_id
-from ..core.data import read_sound, resampled
+from ..core.decoders import read_sound, resampled
 from ..core.puzzle import save_puzzles
 
 # %% ../../nbs/audio/09_files.ipynb #3def0d92

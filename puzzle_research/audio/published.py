@@ -7,7 +7,6 @@ __all__ = ['PublishedVAE', 'batch_scale', 'published_loss', 'published_measures'
 
 # %% ../../nbs/audio/02_published.ipynb #577128c7
 import torch
-from torch import Tensor
 
 from .clips import masked_mse
 from .mel import BANDS, FRAMES, to_db, unit
