@@ -7,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/'tools'))
+import docs  # noqa: E402
 import house  # noqa: E402
 import lock  # noqa: E402
 import prepare  # noqa: E402
@@ -95,3 +96,27 @@ def test_a_notebook_that_was_not_run_has_no_counts(notebook):
     del nb['metadata']['executed']
     notebook.write_text(json.dumps(nb))
     assert [c['execution_count'] for c in json.loads(prepare.cleaned(notebook))['cells']] == [None]*3
+
+
+def test_links_of_notebooks_become_pages():
+    html = '<a href="../contract.md#how"></a><a href="https://a.b/c.md"></a><a href="x.ipynb">'
+    page = '<a href="../contract.html#how"></a><a href="https://a.b/c.md"></a><a href="x.html">'
+    assert docs.to_pages(html) == page
+
+
+def test_a_dead_link_and_a_foreign_script_are_found(tmp_path):
+    (tmp_path/'there.html').write_text('<h1 id="top"></h1>')
+    links = ['there.html', 'there.html#top', 'there.html#gone', 'gone.html', 'https://a.b/', '#here']
+    page = '<p id="here"></p><script src="https://a.b/c.js"></script>'
+    (tmp_path/'page.html').write_text(page + ''.join(f'<a href="{x}"></a>' for x in links))
+    assert docs.dead_links(tmp_path) == [
+        'page.html links to gone.html',
+        'page.html links to there.html#gone',
+        'page.html loads https://a.b/c.js',
+    ]
+
+
+def test_the_table_of_contents_names_every_notebook_once():
+    named = json.dumps(docs.contents())
+    paths = [p.relative_to(ROOT) for p in prepare.notebooks()]
+    assert [p.name for p in paths if named.count(f'"{p}"') != 1] == ['index.ipynb']

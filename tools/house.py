@@ -7,7 +7,7 @@ import json
 import re
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import median
 
@@ -26,6 +26,7 @@ RULES = {
     'twice': f'{SAME} lines or more written twice',
     'arrow': 'import against the arrow',
     'parameters': 'experiment without a parameters cell',
+    'idle': 'exported name that nothing uses',
 }
 # What may stay: (rule, how the finding starts) -> reason. An exception that excuses nothing is a finding too.
 EXCEPTIONS = {}
@@ -160,6 +161,18 @@ def without_parameters():
             yield path, 'no cell is tagged `parameters`'
 
 
+def never_used():
+    "Functions and classes that no other line names. What a decorator registers is used by that."
+    cells = [c.lines for path in notebooks() for c in code_cells(path)]
+    lines = [line for some in [*cells, *(p.read_text().splitlines() for p in plain_files())] for line in some]
+    named = Counter(re.findall(r'\w+', '\n'.join(lines)))
+    for path in modules():
+        for node in ast.parse(path.read_text()).body:
+            public = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith('_')
+            if public and not node.decorator_list and named[node.name] < 2:
+                yield path, f'{node.name!r}'
+
+
 def findings() -> list: # (rule, text)
     "All that breaks a rule."
     found = {
@@ -172,6 +185,7 @@ def findings() -> list: # (rule, text)
         'twice': written_twice(),
         'arrow': against_the_arrow(),
         'parameters': without_parameters(),
+        'idle': never_used(),
     }
     named = {rule: [f'{path.relative_to(ROOT)} {text}' for path, text in some]
              for rule, some in found.items()}
