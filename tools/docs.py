@@ -40,7 +40,9 @@ def pages(folder:str, pattern:str) -> list: # one-entry dicts, as mkdocs wants t
 
 def contents() -> list:
     "The table of contents, from the tree."
-    parts = {name: pages(f'nbs/{folder}', '[0-9]*.ipynb') for folder, name in PARTS.items()}
+    folders = sorted(p.name for p in (ROOT/'nbs').iterdir() if p.is_dir() and p.name != 'guides')
+    named = PARTS | {folder: folder.capitalize() for folder in folders if folder not in PARTS}
+    parts = {name: pages(f'nbs/{folder}', '[0-9]*.ipynb') for folder, name in named.items()}
     guides = [{'The contract': 'docs/contract.md'}, {'Contributing': 'CONTRIBUTING.md'}]
     return [
         {'Home': 'README.md'},

@@ -29,7 +29,12 @@ RULES = {
     'idle': 'exported name that nothing uses',
 }
 # What may stay: (rule, how the finding starts) -> reason. An exception that excuses nothing is a finding too.
-EXCEPTIONS = {}
+ONE_CELL = 'parameters stand one a line, in the one cell that papermill writes behind'
+EXCEPTIONS = {
+    ('cell', 'nbs/04_jepa_vq.ipynb "recipe:str'): ONE_CELL,
+    ('cell', 'nbs/05_ternary_vae.ipynb "recipe:str'): ONE_CELL,
+    ('cell', 'nbs/06_cognate.ipynb "recipe:str'): ONE_CELL,
+}
 
 
 def length(lines:list) -> int:

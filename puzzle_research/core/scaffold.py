@@ -58,6 +58,7 @@ def guide_of(kind:str, folder:Path) -> Path:
         raise FileNotFoundError(f'{path} is not there; `puzzle new` needs a checkout of the project')
     return path
 
+# %% ../../nbs/core/14_scaffold.ipynb #765e9cf2
 def new_notebook(kind:str, # system or codec
     name:str, # of its module: word_puzzle
     folder:Path=None # project root
