@@ -104,6 +104,10 @@ def test_links_of_notebooks_become_pages():
     assert docs.to_pages(html) == page
 
 
+def test_headings_of_one_name_are_told_apart():
+    assert docs.with_own_ids('<h1 id="a"><h2 id="a"><p id="a">') == '<h1 id="a"><h2 id="a_1"><p id="a">'
+
+
 def test_a_dead_link_and_a_foreign_script_are_found(tmp_path):
     (tmp_path/'there.html').write_text('<h1 id="top"></h1>')
     links = ['there.html', 'there.html#top', 'there.html#gone', 'gone.html', 'https://a.b/', '#here']

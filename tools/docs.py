@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -94,7 +95,7 @@ def build(build:Path=BUILD) -> Path: # of the site
     subprocess.run(command, check=True, env=os.environ | dict(NO_MKDOCS_2_WARNING='1'))
     (build/'site'/'404.html').unlink()   # its links fit one address only
     for page in (build/'site').rglob('*.html'):
-        page.write_text(to_pages(page.read_text()))
+        page.write_text(with_own_ids(to_pages(page.read_text())))
     return build/'site'
 
 
@@ -104,6 +105,17 @@ def to_pages(html:str) -> str:
         path = m[2].replace('README.md', 'index.html')
         return m[1] + re.sub(r'\.(ipynb|md)$', '.html', path) + m[3]
     return re.sub(r'(href=")(?![a-z]+:)([^"#]+\.(?:ipynb|md))([#"])', page, html)
+
+
+def with_own_ids(html:str) -> str:
+    "Headings of one page that share a name are numbered, as the table of contents expects it."
+    seen = Counter()
+
+    def own(m):
+        n = seen[m[2]]
+        seen[m[2]] += 1
+        return f'{m[1]}{m[2]}_{n}"' if n else m[0]
+    return re.sub(r'(<h[1-6][^>]* id=")([^"]+)"', own, html)
 
 
 class Links(HTMLParser):
