@@ -1,8 +1,8 @@
 "What several test files need: commands as a user types them, runs in processes of their own, a killed run."
-import importlib.util, io, os, signal, subprocess, sys, time
+import importlib.util, io, multiprocessing, os, signal, socket, subprocess, sys, time
 from pathlib import Path
 
-import numpy as np, pyarrow as pa, pyarrow.parquet as pq
+import numpy as np, pyarrow as pa, pyarrow.parquet as pq, torch
 from PIL import Image
 
 from puzzle_research.core.config import root
@@ -33,7 +33,9 @@ def assert_one_clear_line(result, word, codes=(1, 2)):
 def start(cmd, runs, cwd=None):
     "Begin a process whose runs go into the folder `runs`; stderr joins stdout."
     env = os.environ | dict(PUZZLE_RUNS=str(runs), OMP_NUM_THREADS='1')
-    return subprocess.Popen([str(c) for c in cmd], cwd=cwd, env=env, text=True,
+    def heed_ctrl_c():               # it is ignored in what a shell starts in the background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen([str(c) for c in cmd], cwd=cwd, env=env, text=True, preexec_fn=heed_ctrl_c,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -48,11 +50,12 @@ def only_run(runs): # folder that holds a single run of a single system
     return Run(next(p.parent for p in Path(runs).glob('*/*/manifest.json')))
 
 
-def wait_until(true, process):
+def wait_until(true, process): # a `Popen`, or a child of `start_child`
     "Wait until `true()`, as long as the process lives."
     while not true():
         time.sleep(.02)
-        assert process.poll() is None, process.communicate()[0]
+        alive = process.poll() is None if isinstance(process, subprocess.Popen) else process.is_alive()
+        assert alive, 'it ended too early'
 
 
 def killed_and_resumed(system, values, runs, word): # text of metrics.jsonl upon which the run is killed
@@ -83,13 +86,43 @@ def assert_same_run(run, whole, files=('metrics.jsonl',)):
         assert (run.dir/name).read_bytes() == (whole.dir/name).read_bytes(), name
 
 
-def torchrun(script, *args, processes=2, seconds=180):
-    "Run a script in several processes that train together on the CPU."
-    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', processes]
-    env = os.environ | dict(ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1')
-    cmd = [str(c) for c in (*launch, script, *args)]
-    result = subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=seconds, cwd=root())
-    assert result.returncode == 0, result.stderr[-3000:]
+# Children of a server that has imported torch once: a start takes milliseconds instead of seconds.
+CONTEXT = multiprocessing.get_context('forkserver')
+CONTEXT.set_forkserver_preload(['PIL.Image', 'accelerate', 'psutil', 'pyarrow.parquet', 'safetensors.torch',
+                                'torch._dynamo', 'puzzle_research.core.fit', 'puzzle_research.core.runs'])
+
+
+def _in_child(function, args, env):
+    os.environ.update(env)
+    os.fsync = lambda fd: None       # nobody pulls the plug, and a busy disk is slow to flush
+    torch.set_num_threads(1)
+    function(*args)
+
+
+def start_child(function, *args, **env): # a function of a test file, what it is given, environment variables
+    "Begin `function(*args)` in a process of its own."
+    child = CONTEXT.Process(target=_in_child, args=(function, args, env), daemon=True)
+    child.start()
+    return child
+
+
+def finish_child(child, seconds=300):
+    "Wait for a child that must end well."
+    child.join(seconds)
+    assert child.exitcode == 0, f'exit code {child.exitcode}'
+
+
+def trained_together(function, *args, processes=2):
+    "Call `function(*args)` in several processes that train together on the CPU, as torchrun starts them."
+    with socket.create_server(('127.0.0.1', 0)) as s:
+        port = str(s.getsockname()[1])
+    env = dict(ACCELERATE_USE_CPU='true', MASTER_ADDR='127.0.0.1', MASTER_PORT=port,
+               WORLD_SIZE=str(processes))
+    alone = dict(ACCELERATE_USE_CPU='true')
+    ranks = [env | dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(processes)]
+    envs = ranks if processes > 1 else [alone]
+    for child in [start_child(function, *args, **each) for each in envs]:
+        finish_child(child)
 
 
 def heavy_imports(code, names=('torch', 'numpy', 'pandas', 'matplotlib', 'datasets', 'papermill')):
