@@ -154,12 +154,12 @@ def _cells(
         return ((np.arange(n) + .5)*8/n).astype(int)
     return o.shape[index].numpy()[place(height)][:, place(width)]
 
-def draw_object(o:Objects, index:tuple, ax, title:str=''):
+def draw_object(o:Objects, index:tuple, ax, title:str='', lw:float=.3):
     "One object in its colour, at its place in its grid."
     y, x, height, width = o.box[index].tolist()
     grid = np.zeros(o.size[index[:-1]].tolist(), int)
     grid[y:y + height, x:x + width] = np.where(_cells(o, index), int(o.colour[index]), 0)
-    return draw_grid(grid, ax, title)
+    return draw_grid(grid, ax, title, lw)
 
 # %% ../../nbs/arc/04_objects.ipynb #c025
 def _with_empty(o): return o.apply(lambda v: torch.cat([v, torch.zeros_like(v[:1])]))
