@@ -160,3 +160,15 @@ def load_tool(name): # a script in tools/
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     return tool
+
+
+def text(B=2, T=40, seed=1): # (B, T) tokens below 40
+    "Token rows for the models of language."
+    return torch.randint(40, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def with_another_token(t, at): # (B, T)
+    "The rows with the token at `at` changed."
+    changed = t.clone()
+    changed[:, at] = (changed[:, at] + 1) % 40
+    return changed

@@ -6,6 +6,7 @@ from puzzle_research.core.quantize import count_parameters
 from puzzle_research.lm.attention import first_of_document, positions, visible
 from puzzle_research.lm.optimizer import MuGrokfast, parameter_groups
 from puzzle_research.lm.titans_mag import SEED, TitansMAG
+from shared import text, with_another_token
 
 NANO = dict(vocab=40, d=32, layers=2, n_heads=2, d_ff=48, window=8, d_mem=16, mag_hidden=8, chunk=8)
 KINDS = [
@@ -24,16 +25,6 @@ def build(**kw):
     m = TitansMAG(**NANO | kw)
     m.embed.weight.data *= 30
     return m.eval()
-
-
-def text(B=2, T=40, seed=1):
-    return torch.randint(40, (B, T), generator=torch.Generator().manual_seed(seed))
-
-
-def with_another_token(t, at):
-    changed = t.clone()
-    changed[:, at] = (changed[:, at] + 1) % 40
-    return changed
 
 
 def test_seed_is_the_published_backbone_to_the_parameter():

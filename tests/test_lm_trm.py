@@ -10,6 +10,7 @@ from puzzle_research.lm.optimizer import MuGrokfast, clip_qk
 from puzzle_research.lm.recursion import CrossAttention, halting, halting_cycle
 from puzzle_research.lm.titans_mag import SEED, TitansMAG
 from puzzle_research.lm.trm import RecursiveLM, generate, next_tokens, token_losses
+from shared import text, with_another_token
 
 NANO = dict(vocab=40, d=32, layers=2, n_heads=2, d_ff=48, window=12, d_mem=16, mag_hidden=8, chunk=8)
 LEARNED = dict(memory='decay', rope=False, max_len=64, surprise_threshold=.7, capacity=9.)
@@ -31,16 +32,6 @@ def build(backbone=None, **kw):
     if m.cycles:
         m.halt.weight.data.normal_(0, .5)
     return m.eval()
-
-
-def text(B=2, T=40, seed=1):
-    return torch.randint(40, (B, T), generator=torch.Generator().manual_seed(seed))
-
-
-def with_another_token(t, at):
-    changed = t.clone()
-    changed[:, at] = (changed[:, at] + 1) % 40
-    return changed
 
 
 def without_gradient(m):
