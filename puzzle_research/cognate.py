@@ -36,6 +36,7 @@ from .lm.costs import cost_metrics, peak_bytes
 from .lm.evaluate import evaluate_sets
 from .lm.held_out import KINDS, bits_on_test, kinds, mean
 from .lm.likelihood import halting_curve, text_of, word_perplexity
+from .lm.muon import hardware_dtype
 from .lm.specialisations import AGAIN, by_row, specialisation_metrics
 from .lm.tasks import records
 from .lm.telemetry import Meter, open_tracker
@@ -85,7 +86,7 @@ log_every:int = None # steps between two rows of the 37 metrics
 eval_rows:int = None # rows of each test set that bits per byte are measured on
 eval_items:int = None # records of each test set for choices and generated answers
 tracker:str = 'none' # none; wandb: also there, offline
-precision:str = None # no (float32) or bf16
+precision:str = None # no (float32), bf16, or auto: bf16 where the hardware has it
 compile:bool = None # torch.compile each block
 
 # %% ../nbs/06_cognate.ipynb #f6e434e3
@@ -111,7 +112,7 @@ BY_BUDGET = dict( # one column a budget
     log_every=(2, 5, 10, 50),
     eval_rows=(2, 6, 24, 200),
     eval_items=(2, 8, 50, 200),
-    precision=('no', 'no', 'no', 'bf16'),
+    precision=('no', 'no', 'no', 'auto'),
     compile=(False, False, False, True),
 )
 
@@ -147,7 +148,7 @@ CHOICES = dict(
     specialization=tuple(SPECIALIZATIONS),
     optimizer=('adamw', 'muon', 'muon_grokfast', 'mugrokfast'),
     tracker=('none', 'wandb'),
-    precision=('no', 'bf16'),
+    precision=('no', 'bf16', 'auto'),
 )
 
 # %% ../nbs/06_cognate.ipynb #89a12f0b
@@ -283,9 +284,9 @@ def ablate(cfg, run, corpus, rates:dict):
 # %% ../nbs/06_cognate.ipynb #3e653478
 def train(cfg, run) -> dict: # every training by name
     "The main model and all that stands beside it. Returns at once where they are there."
-    seed = settings(cfg)['seed']
-    corpus = open_text(cfg, run)
-    run.update(determinism=seed_everything(seed), device=pick_device(cfg.device))
+    corpus, device = open_text(cfg, run), pick_device(cfg.device)
+    fixed = seed_everything(settings(cfg)['seed']) | dict(newton_schulz=str(hardware_dtype(device)))
+    run.update(determinism=fixed, device=device)
     rates = tuned(cfg, run, corpus)
     how = how_of(rates, cfg.optimizer)
     train_main(cfg, run, corpus, how)

@@ -13,13 +13,14 @@ import time
 import matplotlib.pyplot as plt, torch, torch.nn.functional as F
 from torch import nn
 
-from ..core.config import configure, parameters, seed_everything
+from ..core.config import configure, parameters, pick_device, seed_everything
 from ..core.diagnose import COLORS, style
 from ..core.fit import Batches, Callback, Trainer, evaluating
 from ..core.measure import criteria, metric
 from ..core.report import result_table, show_report
 from ..core.runs import begin
 from .legs import once
+from .muon import hardware_dtype
 from .optimizer import MuGrokfast, note_logits
 
 # %% ../../nbs/lm/04_mugrokfast.ipynb #386db483
@@ -172,6 +173,7 @@ def better(a:dict, b:dict) -> bool:
 def train(cfg, run) -> dict: # every leg by name
     "Tune each racer's rate on one seed, then race on another."
     torch.set_num_threads(1)
+    run.update(determinism=dict(newton_schulz=str(hardware_dtype(pick_device(cfg.device)))))
     for racer in RACERS:
         best = None
         for lr in RATES:
@@ -294,11 +296,10 @@ def draw_rates(legs:dict):
             ax.loglog(rate, steps, 'o', color=COLORS[color], mfc=COLORS[color] if l['reached'] else 'white')
     ax.set(xlabel='learning rate', ylabel='steps to 99 %', title='Tuning; open: given up at this step')
     ax.legend(fontsize=8)
-    rates, steps = sorted(RATES), (100, 200, 500, 1000, 2000)
-    ax.set_xticks(rates, [f'{r:g}' for r in rates])
-    ax.set_yticks(steps, [f'{s:,}' for s in steps])
-    ax.xaxis.minorticks_off()
-    ax.yaxis.minorticks_off()
+    ticks = (100, 200, 500, 1000, 2000)
+    ax.set_xticks(sorted(RATES), [f'{r:g}' for r in sorted(RATES)])
+    ax.set_yticks(ticks, [f'{s:,}' for s in ticks])
+    ax.minorticks_off()
     return fig
 
 # %% ../../nbs/lm/04_mugrokfast.ipynb #cf70b4cb

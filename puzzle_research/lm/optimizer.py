@@ -74,8 +74,8 @@ def clip_qk(attention:nn.Module, tau:float) -> Tensor: # the largest logits note
 # %% ../../nbs/lm/03_optimizer.ipynb #67445f8f
 class MuGrokfast(torch.optim.Optimizer):
     """Muon for hidden matrices, AdamW for the rest, Grokfast's slow gradients for both, QK-clip per head.
-    With lamb=0 and no qk_clip it equals torch.optim.Muon (adjust_lr_fn='match_rms_adamw') and AdamW. Raises
-    ValueError for a setting out of range, or a muon group with a parameter that is no matrix."""
+    With lamb=0, no qk_clip and bfloat16 it equals torch's AdamW and Muon (adjust_lr_fn='match_rms_adamw').
+    Raises ValueError for a setting out of range, or a muon group with a parameter that is no matrix."""
     def __init__(self,
         params, # a model, or groups with `kind` muon or adamw as `parameter_groups` gives them
         lr:float=2e-3, # of every group that brings none
@@ -86,7 +86,7 @@ class MuGrokfast(torch.optim.Optimizer):
         lamb:float=0., # weight of the slow gradient
         alpha:float=.98, # memory of the slow gradient
         qk_clip:float=None, # largest attention logit; None: no bound, and nothing is noted
-        ns_dtype:torch.dtype=torch.bfloat16 # of the orthogonalisation
+        ns_dtype:torch.dtype=None # of the orthogonalisation; None: as the hardware has it
     ):
         model = params if isinstance(params, nn.Module) else None
         defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
