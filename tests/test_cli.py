@@ -1,72 +1,117 @@
 "The command line: fast help, one clear line for bad usage, the same parameters as papermill."
-import os, signal, subprocess, sys, time
+import signal, subprocess, sys
 from pathlib import Path
 
 import pytest
 
-from puzzle_research.cli import _notebook, join_params
-from puzzle_research.core.config import notebook_of, root, system_of
+from puzzle_research.cli import _notebook, join_params, main
+from puzzle_research.core.config import make_config, parse_parameters
+from puzzle_research.core.params import notebook_of, root, system_of
 from puzzle_research.core.runs import Run
-
-PUZZLE = Path(sys.executable).with_name('puzzle')
-
-
-def puzzle(*args, **env):
-    return subprocess.run([PUZZLE, *args], capture_output=True, text=True, timeout=300, env=os.environ | env, cwd=root())
+from shared import (PUZZLE, SMALL, as_options, assert_one_clear_line, heavy_imports, only_run, puzzle, start,
+                    wait_until)
 
 
-@pytest.mark.parametrize('args', [(), ('run',), ('runs',), ('show',), ('publish',), ('data',), ('data', 'check'), ('doctor',), ('encode',), ('decode',)])
-def test_help(args):
-    r = puzzle(*args, '--help')
-    assert r.returncode == 0 and 'Usage: puzzle' in r.stdout
+@pytest.fixture
+def typed(monkeypatch, capsys):
+    "`typed('show', 'x')`: what the command line answers, without a process of its own."
+    def run(*args):
+        monkeypatch.setattr(sys, 'argv', ['puzzle', *args])
+        with pytest.raises(SystemExit) as e:
+            main()
+        out, err = capsys.readouterr()
+        return subprocess.CompletedProcess(args, e.value.code, out, err)
+    return run
 
 
-def test_help_needs_no_torch():
-    "Half a second is held by what is imported; the clock alone would depend on the machine."
-    code = "import sys; sys.argv=['puzzle','run','--help']\nfrom puzzle_research.cli import main\ntry: main()\nexcept SystemExit: pass\n" \
-           "print('HEAVY', [m for m in ('torch','numpy','pandas','matplotlib','datasets','papermill') if m in sys.modules])"
-    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert 'HEAVY []' in r.stdout, r.stdout + r.stderr
+HEAVY = ('torch', 'numpy', 'pandas', 'matplotlib', 'datasets', 'papermill')
+CALL = '''
+import sys
+from puzzle_research.cli import main
+sys.argv = {}
+try:
+    main()
+except SystemExit:
+    pass
+'''
+COMMANDS = ['', 'run', 'runs', 'show', 'watch', 'publish', 'new', 'data', 'data check', 'doctor', 'encode',
+            'decode']
 
 
-@pytest.mark.parametrize('args, word', [
-    (('rum',), "'rum'"), (('run', '--bogus', 'x'), '--bogus'), (('run', '01_vison_puzzle'), "did you mean '01_vision_puzzle'"),
-    (('run', '01', '-p', 'comitment', '.15'), "did you mean 'commitment'"), (('run', '01', '-p', 'commitment', 'much'), "'commitment' = 'much': expected float"),
-    (('run', '01', '-p', 'budget', 'fast'), "unknown budget 'fast'"), (('run', '01', '-p', 'batch_size', '0'), "'batch_size' = 0"),
-    (('run', '01', '--resume', 'nothere'), "unknown run 'nothere'"), (('show', 'nothere'), 'nothere'), (('publish', 'nothere'), 'nothere'),
-    (('encode', 'a.gif'), "'.gif'"), (('data', 'check', 'cifar'), "did you mean 'cifar10'")])
-def test_bad_usage_is_one_line_and_exit_2(args, word):
-    r = puzzle(*args)
-    assert r.returncode == 2, r.stderr
-    assert word in r.stderr and r.stderr.count('\n') == 1 and 'Traceback' not in r.stderr
+@pytest.mark.parametrize('command', COMMANDS)
+def test_help(typed, command):
+    r = typed(*command.split(), '--help')
+    assert r.returncode == 0 and f'Usage: puzzle {command}'.strip() in r.stdout
 
 
-def test_missing_file_is_one_line_and_exit_1():
-    r = puzzle('encode', 'nothere.png')
-    assert r.returncode == 1 and 'nothere.png' in r.stderr and r.stderr.count('\n') == 1
+def test_help_needs_nothing_heavy():
+    "Half a second is held by what is imported; a clock would depend on the machine."
+    assert heavy_imports(CALL.format(['puzzle', 'run', '--help']), HEAVY)[0] == []
+
+
+@pytest.mark.parametrize('command, word', [
+    ('rum', "'rum'"),
+    ('run --bogus x', '--bogus'),
+    ('run 01_vison_puzzle', "did you mean '01_vision_puzzle'"),
+    ('run 01 -p comitment .15', "did you mean 'commitment'"),
+    ('run 01 -p commitment much', "'commitment' = 'much': expected float"),
+    ('run 01 --resume nothere', "unknown run 'nothere'"),
+    ('show nothere', 'nothere'),
+    ('watch nothere', 'nothere'),
+    ('publish nothere', 'nothere'),
+    ('encode a.gif', "'.gif'"),
+    ('data check cifar', "did you mean 'cifar10'"),
+])
+def test_bad_usage_is_one_line_and_exit_2(typed, command, word):
+    assert_one_clear_line(typed(*command.split()), word, codes=(2,))
+
+
+def test_what_the_notebook_refuses_is_one_line_and_exit_2():
+    result = puzzle('run', 'guides_system', '-p', 'budget', 'fast', cwd=root())
+    assert_one_clear_line(result, "unknown budget 'fast'", codes=(2,))
+
+
+def test_missing_file_is_one_line_and_exit_1(typed):
+    assert_one_clear_line(typed('encode', 'nothere.png'), 'nothere.png', codes=(1,))
 
 
 def test_join_params():
-    assert join_params(['run', 'x', '-p', 'lr', '1e-3', '-p', 'seed=2']) == ['run', 'x', '-p', 'lr=1e-3', '-p', 'seed=2']
+    joined = ['run', 'x', '-p', 'lr=1e-3', '-p', 'seed=2']
+    assert join_params(['run', 'x', '-p', 'lr', '1e-3', '-p', 'seed=2']) == joined
     assert join_params(['run', 'x', '-p', 'lr']) == ['run', 'x', '-p', 'lr']
     assert join_params(['run', 'x', '-p', 'shift', '-1']) == ['run', 'x', '-p', 'shift=-1']
 
 
 def test_ctrl_c_ends_the_run_truthfully(tmp_path):
     "One line and exit 130; the run says that it was interrupted, and can be taken up."
-    env = os.environ | dict(PUZZLE_RUNS=str(tmp_path))
-    p = subprocess.Popen([PUZZLE, 'run', '01', '-p', 'budget', 'test', '-p', 'data', 'bundled', '-p', 'context_steps', '100000'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=root(), start_new_session=True,
-                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # ignored in what a shell starts in the background
-    run = Run(tmp_path/'01_vision_puzzle'/p.stdout.readline().split()[-1])
-    while not ((run.dir/'progress.json').exists() and 'context' in (run.dir/'progress.json').read_text()): time.sleep(.1); assert p.poll() is None, p.stderr.read()
+    values = SMALL | dict(steps=1_000_000)
+    p = start([PUZZLE, 'run', 'guides_system', *as_options(values)], tmp_path, cwd=root())
+    run_id = p.stdout.readline().split()[-1]
+    wait_until((tmp_path/'guides_system'/run_id/'progress.json').exists, p)
     p.send_signal(signal.SIGINT)
-    _, err = p.communicate(timeout=120)
-    assert p.returncode == 130 and 'interrupted' in err and 'Traceback' not in err
-    assert run.status == 'interrupted'
+    out, _ = p.communicate(timeout=120)
+    assert p.returncode == 130 and 'interrupted' in out and 'Traceback' not in out
+    assert only_run(tmp_path).status == 'interrupted'
 
 
-def test_a_notebook_in_a_folder_is_a_system_too():
-    for notebook, system in ((root()/'nbs'/'01_vision_puzzle.ipynb', '01_vision_puzzle'), (root()/'nbs'/'core'/'04_fit.ipynb', 'core_fit')):
-        assert system_of(notebook) == system and notebook_of(system) == notebook == _notebook(system)
-    assert _notebook('lm_mugrokfast') == root()/'nbs'/'lm'/'04_mugrokfast.ipynb' and _notebook('02') == root()/'nbs'/'02_audio_puzzle.ipynb'
+@pytest.mark.parametrize('notebook, system', [
+    ('01_vision_puzzle.ipynb', '01_vision_puzzle'),
+    ('core/04_fit.ipynb', 'core_fit'),
+])
+def test_a_notebook_in_a_folder_is_a_system_too(notebook, system):
+    path = root()/'nbs'/notebook
+    assert system_of(path) == system and notebook_of(system) == path == _notebook(system)
+
+
+def test_a_notebook_by_its_number_or_elsewhere():
+    assert _notebook('lm_mugrokfast') == root()/'nbs'/'lm'/'04_mugrokfast.ipynb'
+    assert _notebook('02') == root()/'nbs'/'02_audio_puzzle.ipynb'
     assert system_of(Path('/elsewhere/04_mine.ipynb')) == '04_mine'
+
+
+def test_watch_needs_no_torch_and_takes_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('PUZZLE_RUNS', str(tmp_path))
+    run = Run.start('00_watched', make_config(parse_parameters("recipe:str = 'best'\nbudget:str = 'test'"))())
+    run.log(1, stage='main', loss=.5)
+    heavy, shown = heavy_imports(CALL.format(['puzzle', 'watch', str(run.dir), '--once']), HEAVY)
+    assert heavy == [] and run.id in shown and 'main train, 1 measured' in shown and 'alerts' in shown
