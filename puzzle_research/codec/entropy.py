@@ -31,6 +31,7 @@ def integer_frequencies(
     np.put_along_axis(freq, top, np.take_along_axis(freq, top, -1) + rest, -1)
     return freq
 
+# %% ../../nbs/codec/01_entropy.ipynb #0d2b5064
 def _weights(p): # (..., symbols) -> int64
     n = p.shape[-1]
     bad = ~((p >= 0) & (p <= 2 ** 33 / n)).all(-1)
@@ -98,3 +99,20 @@ def decode(self:FrequencyTables, decoder:RangeDecoder,
 def cost(self:FrequencyTables, rows, symbols):
     "Information of the symbols in digits, -log10(freq/total); any shapes that broadcast."
     return -np.log10(self.freq.ravel()[self._index(rows, symbols)] / self.total)
+
+# %% ../../nbs/codec/01_entropy.ipynb #6243382b
+@patch
+def encode_all(self:FrequencyTables, rows, symbols, # (lanes, n) each
+    capacity:int=None # digits a stream must fit into; None: as many as the longest needs
+) -> tuple: # digits uint8 (lanes, capacity), digits used (lanes,)
+    "Streams of n symbols. Raises ValueError where one does not fit."
+    encoder = RangeEncoder(len(rows), capacity)
+    for r, s in zip(rows.T, symbols.T):
+        self.encode(encoder, r, s)
+    return encoder.finish()
+
+@patch
+def decode_all(self:FrequencyTables, rows, digits) -> np.ndarray: # (lanes, n)
+    "The symbols again."
+    decoder = RangeDecoder(digits)
+    return np.stack([self.decode(decoder, r) for r in rows.T], 1)

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .exact import snap
-from .trellis import Quantiser, Stream, trellis, write_symbols
+from .trellis import Quantiser, Stream, trellis, write
 from ..core.puzzle import from_digits, to_digits
 
 # %% ../../nbs/codec/07_step_codec.ipynb #ae79ed4b
@@ -75,10 +75,10 @@ def attempt(self:StepCodec, x, index, factor=1.):
     visitor, known = self.quantise(x, index, factor)
     error = (self.render(known, index).double() - x).flatten(1).square().sum(1)
     error[self.needed(visitor) > self.room] = math.inf
-    return [error, index, torch.cat(visitor.rows, 1), torch.cat(visitor.symbols, 1)]
+    return [error, index, *visitor.stream()]
 
 @patch
-def choose(self:StepCodec, x):
+def choose(self:StepCodec, x): # as of `attempt`
     "The best of a few attempts around the searched step, item by item. Raises ValueError where none fits."
     index = self.search(x)
     best = self.attempt(x, index)
@@ -86,11 +86,17 @@ def choose(self:StepCodec, x):
         new = self.attempt(x, (index + offset).clamp(0, STEPS - 1), factor)
         better = new[0] < best[0]
         best = [torch.where(better.view(-1, *[1]*(b.dim() - 1)), n, b) for n, b in zip(new, best)]
+    return self._made_to_fit(x, best)
+
+# %% ../../nbs/codec/07_step_codec.ipynb #fb1f2808
+@patch
+def _made_to_fit(self:StepCodec, x, best):
+    "What fits at no step is coded at the coarsest, its bits made dearer until it fits."
     for factor in 4.**np.arange(1, 12):
         lost = best[0].isinf()
         if not lost.any():
             return best
-        new = self.attempt(x[lost], torch.full_like(index[lost], STEPS - 1), factor)
+        new = self.attempt(x[lost], torch.full_like(best[1][lost], STEPS - 1), factor)
         for old, n in zip(best, new):
             old[lost] = n
     if best[0].isinf().any():
@@ -108,7 +114,7 @@ def encode(self:StepCodec, x): # (B, ...) -> uint8 (B, 30, 30)
 @patch
 def _encode(self:StepCodec, x): # -> (B, 900)
     _, index, rows, symbols = self.choose(x)
-    digits, _ = write_symbols(rows, symbols, self.tables, CELLS - HEADER)
+    digits, _ = write(rows, symbols, self.tables, CELLS - HEADER)
     return torch.cat([index[:, None]//PLACES % 10, torch.from_numpy(digits.astype('int64'))], 1)
 
 @patch
