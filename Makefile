@@ -15,7 +15,7 @@ run: install ## train the vision codec at budget=quick; print the result table, 
 test: install ## everything CI runs
 	@$(BIN)/python tools/prepare.py --check
 	@$(BIN)/ruff check . || { echo 'mend with: .venv/bin/ruff check --fix .'; exit 1; }
-	@$(BIN)/python tools/house.py --warn --counts
+	@$(BIN)/python tools/house.py
 	@OMP_NUM_THREADS=1 PUZZLE_RUNS=$$(mktemp -d) $(BIN)/nbdev_test --timing --n_workers 2 || { echo 'mend with: open the notebook named above (make lab), fix the cell, make prepare'; exit 1; }
 	@$(TEST) || { echo 'mend with: .venv/bin/python -m pytest --lf -x'; exit 1; }
 test-all: test ## the same, and what takes minutes

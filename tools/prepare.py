@@ -51,10 +51,10 @@ def number_cells(nb):
 def cleaned(path:Path) -> str:
     "The notebook's text with nothing in it that a diff should not show."
     nb = read_nb(path)
-    as_run = 'language_info' in nb.metadata
+    was_run = 'language_info' in nb.metadata or not stale(path)
     _nbdev_clean(nb)
     nb.metadata['kernelspec'] = dict(KERNEL)
-    if as_run:
+    if was_run:
         nb.metadata['language_info'] = LANGUAGE
         number_cells(nb)
     with tempfile.TemporaryDirectory() as d:
