@@ -347,7 +347,10 @@ CAPTIONS['latent'] = (
 CAPTIONS['gallery'] = (
     'Operations as 3x3 tables (rows a, columns b) and what comes back from a sampled latent; wrong '
     'entries are framed. Below the last row: the code of our discrete pathway.')
-CAPTIONS['ablations'] = 'The published pair without each of its parts: pathway B on validation operations.'
+CAPTIONS['ablations'] = (
+    'The published pair without each of its parts, in short trainings through all schedules: pathway B on '
+    'validation operations. The line is the whole pair; over several seeds, bars and the shaded part are '
+    'standard deviations, and small dots single runs.')
 CAPTIONS['comparison'] = (
     'Pathway B on validation operations: 64 operations a step as published against large batches, and other '
     'warm-ups.')

@@ -54,14 +54,15 @@ def draw_gallery(models): # {model: module}
     named = named_operations()
     x = torch.stack(list(named.values()))
     shown = {'operation': x} | returned(models, x)
-    fig, axes = plt.subplots(len(shown), len(named), figsize=(7.8, .95*len(shown) + .2), layout='constrained')
+    fig, axes = plt.subplots(len(shown), len(named), figsize=(8, len(shown)),
+                             layout='none', gridspec_kw=dict(wspace=.08, hspace=.16))
     for row, (label, operations) in zip(axes, shown.items()):
         label = label.replace(', ', '\n').replace('pair ', 'pair\n')
         row[0].set_ylabel(label, fontsize=7.5, rotation=0, ha='right', va='center')
         for ax, table, truth in zip(row, tables(operations), tables(x)):
             draw_table(ax, table, truth)
     for ax, name in zip(axes[0], named):
-        ax.set_title(name, fontsize=7.5, loc='center')
+        ax.set_title(name, fontsize=7, loc='center')
     if 'code' in models:
         for ax, code in zip(axes[-1], codes_of(models['code'], x)):
             ax.set_xlabel(code, fontsize=7)
