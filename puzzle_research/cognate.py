@@ -29,7 +29,8 @@ from .lm.cognate_figures import draw_ablations, draw_halting, draw_lens, draw_ra
 from .lm.cognate_figures import draw_specialisations, draw_tokens, watched
 from .lm.cognate_model import our_model, plain_transformer, published_model
 from .lm.cognate_summary import BARS, all_baselines, notes
-from .lm.comparison import ABLATIONS, OPTIMIZERS, ablation_metrics, halting_worth, ratios
+from .lm.comparison import ABLATIONS, OPTIMIZERS, ablated, ablation_metrics, halting_worth
+from .lm.comparison import ratios
 from .lm.copying import copying_metrics
 from .lm.corpus import announce, build_corpus
 from .lm.costs import cost_metrics, peak_bytes
@@ -481,4 +482,5 @@ def draw_seeds(runs:list):
     seeds = [r.load('legs') for r in runs]
     put(runs[0], 'stages', draw_stages(seeds, open_text(Config(**runs[0].config)).stages))
     if 'ablation_whole' in seeds[0]:
-        put(runs[0], 'ablations', draw_ablations(seeds), seeds[0]['ablation_whole']['steps'], len(runs))
+        rows, steps = [ablated(legs) for legs in seeds], seeds[0]['ablation_whole']['steps']
+        put(runs[0], 'ablations', draw_ablations(rows, steps), steps, len(runs))

@@ -264,16 +264,12 @@ def test_killed_and_resumed_equals_never_killed(finished, monkeypatch, tmp_path,
 # Telemetry
 
 @pytest.fixture
-def lake(tmp_path, monkeypatch):
-    "Small sets of all seven kinds in the hub's columns, and no other data."
-    monkeypatch.setenv('PUZZLE_DATA', str(tmp_path/'data'))
-    monkeypatch.setenv('PUZZLE_CACHE', str(tmp_path/'cache'))
-    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
-
+def seven_kinds(lake):
+    "Small sets of all seven kinds in the hub's columns, and no other data; their names."
     def put(name, split, rows):
-        (tmp_path/'data'/name).mkdir(parents=True, exist_ok=True)
+        (lake/name).mkdir(exist_ok=True)
         rows = [{c: '' for c in SOURCES[name].columns} | r for r in rows]
-        pq.write_table(pa.Table.from_pylist(rows), tmp_path/'data'/name/f'{split}.parquet')
+        pq.write_table(pa.Table.from_pylist(rows), lake/name/f'{split}.parquet')
     kinds = ('problems', 'riddles', 'stories', 'snippets')
     problems, riddles, stories, snippets = (bundled_rows(k, 'train', 60) for k in kinds)
     yes_no = [dict(question=r['question'][:60], answer=bool(i % 3)) for i, r in enumerate(problems)]
@@ -314,10 +310,10 @@ def wandb_rows(folder):
     return rows
 
 
-def test_all_37_metrics_are_live_and_go_to_wandb_too(lake):
+def test_all_37_metrics_are_live_and_go_to_wandb_too(seven_kinds):
     pytest.importorskip('wandb')
-    run, cfg = start(data='real', sets=lake, tracker='wandb', specialization='memory', steps=45, epochs=3,
-                     log_every=5, eval_rows=8)
+    run, cfg = start(data='real', sets=seven_kinds, tracker='wandb', specialization='memory', steps=45,
+                     epochs=3, log_every=5, eval_rows=8)
     cg.train(cfg, run)
     rows = read_jsonl(run.dir/'telemetry.jsonl')
     seen = {name: [r[name] for r in rows if name in r] for name in METRICS}

@@ -29,16 +29,13 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture
-def lake(tmp_path, monkeypatch):
-    "An empty data folder and cache, no hub; a function that puts a split there."
-    monkeypatch.setenv('PUZZLE_DATA', str(tmp_path/'data'))
-    monkeypatch.setenv('PUZZLE_CACHE', str(tmp_path/'cache'))
-    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
-
-    def put(name, split, rows):
-        (tmp_path/'data'/name).mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(rows), tmp_path/'data'/name/f'{split}.parquet')
-    return put
+def put(lake):
+    "Puts a split of a set into a data folder that holds nothing else."
+    def write(name, split, rows):
+        table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows)
+        (lake/name).mkdir(exist_ok=True)
+        pq.write_table(table, lake/name/f'{split}.parquet')
+    return write
 
 
 def documents(p):
@@ -114,9 +111,9 @@ def test_published_curriculum():
     assert stages == [('gsm8k',), ('gsm8k',), ('gsm8k', 'drop')] and len(notes) == 3 and 'piqa' in notes[0]
 
 
-def test_a_set_without_test_split_a_missing_set_and_broken_rows(lake):
+def test_a_set_without_test_split_a_missing_set_and_broken_rows(put):
     rows = questions(200, 'How many are {0} and {0} apples?', '{0} + {0} is a sum.\n#### {0}')
-    lake('gsm8k', 'train', rows + [dict(question='Empty?', answer='')])
+    put('gsm8k', 'train', rows + [dict(question='Empty?', answer='')])
     c = build_corpus('real', vocab=300, length=16, sets=('gsm8k', 'piqa', 'asdiv'))
     why = {(m['set'], m['part']): m['why'] for m in c.missing}
     assert 'not on this machine' in why['gsm8k', 'test'] and 'not on this machine' in why['piqa', 'train']
@@ -126,33 +123,32 @@ def test_a_set_without_test_split_a_missing_set_and_broken_rows(lake):
     assert c.stages == [('gsm8k',)]*3 and any('piqa' in n for n in c.notes)
 
 
-def test_too_many_broken_rows_leave_the_set_out_with_a_reason(lake):
-    lake('gsm8k', 'train', [dict(question='Why?', answer='' if i % 2 else '#### 1') for i in range(40)])
+def test_too_many_broken_rows_leave_the_set_out_with_a_reason(put):
+    put('gsm8k', 'train', [dict(question='Why?', answer='' if i % 2 else '#### 1') for i in range(40)])
     with pytest.raises(FileNotFoundError, match='gsm8k.*20 of 40 items are broken'):
         build_corpus('real', vocab=300, length=16, sets=('gsm8k',))
 
 
-def test_text_that_is_no_utf8_is_dropped_and_named(lake, tmp_path):
+def test_text_that_is_no_utf8_is_dropped_and_named(put):
     rows = questions(100)
-    lake('gsm8k', 'train', rows)
     asked = [r['question'].encode() for r in rows]
     asked[41] = b'caf\xe9 ?'
     asked = pa.array(asked, pa.binary()).view(pa.string())
     table = pa.table(dict(question=asked, answer=[r['answer'] for r in rows]))
-    pq.write_table(table, tmp_path/'data'/'gsm8k'/'train.parquet')
+    put('gsm8k', 'train', table)
     c = build_corpus('real', vocab=300, length=16, sets=('gsm8k',))
     (d,) = c.broken['gsm8k/train']
     assert d['row'] == 41 and 'UTF-8' in d['why']
     assert c.train['gsm8k'].documents + c.valid['gsm8k'].documents == 99
 
 
-def test_test_text_in_training_text_is_found_and_the_training_record_left_out(lake):
+def test_test_text_in_training_text_is_found_and_the_training_record_left_out(put):
     rows = questions(100, 'How many are {0} and {0} apples in a basket?')
-    lake('gsm8k', 'train', rows)
+    put('gsm8k', 'train', rows)
     fit = records('gsm8k', 'train')
     copied = fit[0]['prompt'].removeprefix('Q: ').removesuffix('\nA:').upper()
     new = dict(question='Something else, quite new, is asked here?', answer='#### 0')
-    lake('gsm8k', 'test', [dict(question=copied, answer='#### 1'), new])
+    put('gsm8k', 'test', [dict(question=copied, answer='#### 1'), new])
     c = build_corpus('real', vocab=300, length=32, sets=('gsm8k',))
     assert c.overlap[0]['same_prompt'] == 1 and c.left_out == {'gsm8k': 1}
     assert len(fit) == 90 and c.train['gsm8k'].documents == 89

@@ -13,7 +13,6 @@ from matplotlib.colors import ListedColormap
 
 from ..core.diagnose import COLORS
 from ..core.fit import evaluating
-from .comparison import ablated
 from .specialisations import AGAIN, BEHAVIOUR, behaviours, interval
 from .tuning import KNOBS
 
@@ -116,7 +115,8 @@ def watched(model, corpus, packed, n:int=72) -> dict: # of one row: lists over i
 
 def shown(token:str, most:int=None) -> str:
     "A token as matplotlib can write it."
-    text = ''.join(c if c.isprintable() else '·' for c in token.replace('\n', '⏎').strip())
+    text = token.replace('\n', '⏎').replace('\ufffd', '·').strip()
+    text = ''.join(c if c.isprintable() else '·' for c in text)
     return text[:most].replace('$', r'\$') or '·'
 
 # %% ../../nbs/lm/29_cognate_figures.ipynb #6cbd2ba1
@@ -202,9 +202,8 @@ PARTS = dict(without_memory='without memory', without_gate='without gate',
              without_recursion='without recursion', without_halting='without halting (all cycles)')
 OTHERS = dict(adamw='AdamW', muon='Muon', muon_grokfast='Muon + Grokfast (no QK-clip)')
 
-def draw_ablations(seeds:list): # legs of each seed
+def draw_ablations(rows:list, steps:int): # what `ablated` gave for each seed, of trainings of so many steps
     "Bits per byte that each change costs: bars are means, points are seeds. The two panels differ in scale."
-    rows, steps = [ablated(legs) for legs in seeds], seeds[0]['ablation_whole']['steps']
     fig, axes = plt.subplots(1, 2, figsize=(7.6, 2.2))
     panels = (PARTS, 'sky', 'Part left out'), (OTHERS, 'orange', 'Optimizer')
     for ax, (labels, color, title) in zip(axes, panels):

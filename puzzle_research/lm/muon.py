@@ -27,8 +27,7 @@ def orthogonalise(
     eps:float=1e-7, # smallest norm to divide by, so that a matrix of zeros stays one
     dtype:torch.dtype=None # of the computation; None: `hardware_dtype`
 ) -> Tensor: # in the shape of g, of that dtype
-    """Approximate $UV^T$ of $g = USV^T$ by quintic Newton-Schulz. A stack gives the same bits as its matrices
-    one by one."""
+    "Approximate $UV^T$ of $g = USV^T$ by quintic Newton-Schulz. A stack stands for its matrices one by one."
     x, tall = g.to(dtype or hardware_dtype(g.device.type)), g.size(-2) > g.size(-1)
     if tall:
         x = x.mT
