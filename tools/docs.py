@@ -92,7 +92,8 @@ def build(build:Path=BUILD) -> Path: # of the site
     settings = yaml.safe_load((ROOT/'mkdocs.yml').read_text()) | dict(nav=contents())
     (build/'mkdocs.yml').write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     command = [sys.executable, '-m', 'mkdocs', 'build', '--strict', '--quiet', '-f', str(build/'mkdocs.yml')]
-    subprocess.run(command, check=True, env=os.environ | dict(NO_MKDOCS_2_WARNING='1'))
+    quiet = os.environ | dict(NO_MKDOCS_2_WARNING='1')
+    subprocess.run(command, check=True, env=quiet, cwd=build)   # mkdocs-jupyter leaves a cache where it runs
     (build/'site'/'404.html').unlink()   # its links fit one address only
     for page in (build/'site').rglob('*.html'):
         page.write_text(with_own_ids(to_pages(page.read_text())))
