@@ -9,8 +9,7 @@ __all__ = ['PRESETS', 'BOUNDS', 'CHOICES', 'Config', 'ABLATIONS', 'COMPARISONS',
            'notes', 'evaluate', 'draw_results', 'draw_trainings', 'draw', 'draw_seeds']
 
 # %% ../nbs/05_ternary_vae.ipynb #4f1f8209
-import numpy as np, torch
-import matplotlib.pyplot as plt
+import matplotlib.pyplot as plt, torch
 from torch import nn
 
 from .core.collect import combine
@@ -31,7 +30,7 @@ from .ternary.curves import COMPARED, draw_comparison, draw_training
 from .ternary.figures import coverage_curves, draw_ablations, draw_plane, points
 from .ternary.frontier import draw_frontier, frontier
 from .ternary.gallery import draw_gallery, draw_latent
-from .ternary.operations import FAMILIES, N, all_operations, open_operations, properties
+from .ternary.operations import FAMILIES, N, open_operations, properties
 from .ternary.pair import DualPathway
 from .ternary.pathway import measure
 from .ternary.shared_code import SharedCode, exact_marginal, train_attempts
