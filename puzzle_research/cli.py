@@ -338,9 +338,9 @@ def doctor():
 
 # module -> kind of its puzzle files, as their meta says it; endings that it reads and writes, a default first
 KINDS = {
-    'vision_puzzle': ('picture', ('.png', '.jpg', '.jpeg')),
-    'audio_puzzle': ('sound', ('.wav', '.flac', '.ogg')),
-    'language_puzzle': ('text', ('.txt',)),
+    'vision.files': ('picture', ('.png', '.jpg', '.jpeg')),
+    'audio.files': ('sound', ('.wav', '.flac', '.ogg')),
+    'text.files': ('text', ('.txt',)),
 }
 
 
@@ -352,6 +352,7 @@ def _codec(path):
     if ending not in known:
         raise Usage(f"{path.name}: no codec for {ending or 'a file without an ending'!r}; "
                     f"expected one of {', '.join(known)}")
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')      # threads that spin starve a busy machine
     return importlib.import_module(f'puzzle_research.{known[ending]}')
 
 
