@@ -390,8 +390,8 @@ def test_bundled_photos_are_cut_from_the_pictures_as_the_tool_says(tmp_path, mon
     monkeypatch.setenv('PUZZLE_CACHE', str(tmp_path))
     assert tuple(name for _, name, *_ in tool.PICTURES) == PHOTOS
     patches = {}
-    for split, name, package, file, sha in tool.PICTURES:
-        patches |= tool.patches(tool.picture(package, file, sha), name, split)
+    for split, name, package, file in tool.PICTURES:
+        patches |= tool.patches(tool.picture(package, file), name, split)
     for split in ('train', 'test'):
         ds = D.load('bundled_photos', split)
         rows = pq.read_table(D.find('bundled_photos', split))['img'].to_pylist()
@@ -400,8 +400,9 @@ def test_bundled_photos_are_cut_from_the_pictures_as_the_tool_says(tmp_path, mon
             assert row['path'].startswith(split)
             assert np.array_equal(image.transpose(1, 2, 0), patches.pop(row['path'])), row['path']
     assert not patches
-    with pytest.raises(ValueError, match='is another picture'):
-        tool.picture('skimage.data', 'chelsea.png', 'f'*64)
+    monkeypatch.setitem(tool.SHA256, 'chelsea.png', 'f'*64)
+    with pytest.raises(ValueError, match='chelsea.png has sha256 596aa1e7.*install the pinned versions'):
+        tool.picture('skimage.data', 'chelsea.png')
 
 
 def test_bundled_photos_are_small_and_in_the_layout_of_the_hub():
