@@ -1,6 +1,7 @@
 "The vision codec as its users meet it: the packaged weights, files, the command line, whole runs."
 import os
 import re
+import shutil
 import signal
 
 import nbformat
@@ -16,9 +17,10 @@ from puzzle_research.core.data import load
 from puzzle_research.core.diagnose import fidelity, psnr
 from puzzle_research.core.puzzle import check_codec, load_puzzles, save_puzzles
 from puzzle_research.core.quantize import count_parameters
+from puzzle_research.core.runs import Run
 from puzzle_research.vision.files import open_picture
 from puzzle_research.vision_puzzle import Config, VisionPuzzle, build, decode_file, encode_file
-from puzzle_research.vision_puzzle import learned_numbers
+from puzzle_research.vision_puzzle import learned_numbers, train
 
 from shared import PAPERMILL, PUZZLE, SMALL, as_options, assert_one_clear_line, assert_same_run
 from shared import finish, only_run, puzzle, start, wait_until
@@ -202,6 +204,26 @@ def test_a_run_holds_what_it_should(whole):
     assert {c['op'] for c in whole.summary['criteria']} >= {'>=', '<=', '=='}
 
 
+@pytest.fixture
+def one_thread(): # as in the processes that `start` begins
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_stages_that_are_done_stay_and_the_others_end_alike(whole, tmp_path, one_thread):
+    "A run that lost all after its first stage trains the rest to the same bytes."
+    run = Run(shutil.copytree(whole.dir, tmp_path/'run'))
+    for pattern in ('codec.safetensors', 'checkpoints/context*', 'checkpoints/polish*'):
+        for path in run.dir.glob(pattern):
+            path.unlink()
+    before = (run.dir/'published.safetensors').stat().st_mtime_ns
+    train(Config(**run.config), run)
+    assert (run.dir/'published.safetensors').stat().st_mtime_ns == before
+    assert (run.dir/'codec.safetensors').read_bytes() == (whole.dir/'codec.safetensors').read_bytes()
+
+
 def papermill_killed_and_resumed(values, runs, when): # (the run's folder) -> bool
     "Plain papermill from the project's root, killed `when`; `puzzle run --resume` takes it up."
     command = [PAPERMILL, 'nbs/01_vision_puzzle.ipynb', runs/'out.ipynb', *as_options(SMALL | values)]
@@ -215,6 +237,7 @@ def papermill_killed_and_resumed(values, runs, when): # (the run's folder) -> bo
     return run
 
 
+@pytest.mark.slow
 def test_papermill_killed_and_resumed_equals_puzzle_run(finished_run, tmp_path):
     "The published design alone, killed when it was trained."
     values = VALUES | dict(recipe='seed')
