@@ -92,7 +92,7 @@ def open_images(cfg, run=None): # -> name, images, fit (rows), valid, test
     fit_rows, valid_rows = holdout(len(train), min(cfg.valid_images, len(train)//4), seed=0)
     images = train.arrays['image']
     n = min(cfg.test_images or len(test), len(test))
-    valid, test = torch.from_numpy(images[valid_rows]), torch.from_numpy(test.arrays['image'][:n])
+    valid, test = torch.tensor(images[valid_rows]), torch.tensor(test.arrays['image'][:n])
     return SimpleNamespace(name=train.name, images=images, fit=fit_rows, valid=valid, test=test)
 
 # %% ../nbs/01_vision_puzzle.ipynb #c079
