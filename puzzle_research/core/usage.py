@@ -87,7 +87,10 @@ def plot_code_histogram(counts, # (K,)
 ):
     "Share of every code in order of use, beside uniform use."
     c, ax = -np.sort(-np.asarray(counts, float)), axes_or_new(ax)
-    ax.bar(np.arange(len(c)), c/c.sum(), width=.86, color=COLORS['blue'])
+    if len(c) < 100:
+        ax.bar(np.arange(len(c)), c/c.sum(), width=.86, color=COLORS['blue'])
+    else: # bars narrower than a pixel would leave stripes
+        ax.stairs(c/c.sum(), np.arange(len(c) + 1) - .5, fill=True, color=COLORS['blue'])
     ax.axhline(1/len(c), color=COLORS['orange'], lw=1.2)
     ax.annotate('uniform use', (len(c)-.5, 1/len(c)), (0, 3), textcoords='offset points', ha='right',
                 color=COLORS['orange'], fontsize=8.5)

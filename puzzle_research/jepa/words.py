@@ -73,8 +73,9 @@ def draw_vocabulary(words:Words, rows:int=10, across:int=12):
     known = use.argsort(descending=True)[:int((use >= across).sum())]
     known = known[_spread(len(known), min(rows, len(known)))] if len(known) else known
     size = max(1, len(known))
-    figsize = across*.62, size*.66
-    fig, axes = plt.subplots(size, across, figsize=figsize, layout='constrained', squeeze=False)
+    margins = dict(left=.08, right=1, top=1, bottom=0, wspace=.12, hspace=.12) # a layout engine takes seconds
+    fig, axes = plt.subplots(size, across, figsize=(across*.62, size*.62), layout='none', squeeze=False,
+                             gridspec_kw=margins)
     for ax in axes.flat:
         ax.axis('off')
     for ax, code in zip(axes, known.tolist()):
@@ -89,7 +90,7 @@ def draw_vocabulary(words:Words, rows:int=10, across:int=12):
 def object_attributes(o:Objects) -> dict: # name -> (n,) of the objects that are there
     "Attributes of objects as classes."
     real = o.mask
-    y, x, h, w = o.box[real].long().unbind(-1)
+    y, x, h, w = o.box[real].long().T.contiguous()
     sides = o.size[:, None].expand(*real.shape, 2)[real].long()
     area = o.area[real].long()
     full, lengths = area/(h*w), torch.tensor([1, 2, 3, 5, 10])
