@@ -17,14 +17,13 @@ from ..core.puzzle import arc_cmap
 def draw_grid(
     grid, # (h, w) colours
     ax, # where to draw it
-    title:str='',
-    lw:float=.3 # width of the lines between cells
+    title:str=''
 ):
     "One grid of any size in ARC's colours."
     h, w = grid.shape
     ax.imshow(grid, cmap=arc_cmap(), vmin=0, vmax=9, interpolation='nearest', extent=(0, w, h, 0))
-    ax.hlines(np.arange(h + 1), 0, w, color='#666666', lw=lw)
-    ax.vlines(np.arange(w + 1), 0, h, color='#666666', lw=lw)
+    ax.hlines(np.arange(h + 1), 0, w, color='#666666', lw=.3)
+    ax.vlines(np.arange(w + 1), 0, h, color='#666666', lw=.3)
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
     ax.spines[:].set_visible(False)

@@ -78,7 +78,7 @@ def _bars(ax, done, names, metric):
             ax.plot(values, [y]*len(values), 'o', ms=4, color=COLORS['black'])
         else:
             ax.text(0, y, '  none', va='center', color=COLORS['grey'])
-    ax.set(xlim=(0, None), title=SHOWN[metric])
+    ax.set(xlim=(min(0, ax.get_xlim()[0]), None), title=SHOWN[metric])
     ax.grid(axis='y', visible=False)
 
 # %% ../../nbs/jepa/08_comparison.ipynb #195580fe
@@ -122,6 +122,7 @@ def _histories(ax, trainings, metric, title):
         rows = trainings[name]['rows']
         ax.plot([r['step'] for r in rows], [r[metric] for r in rows], '.-', color=colour, label=name)
     ax.set(xlabel='step', title=title)
+    ax.xaxis.get_major_locator().set_params(integer=True)
 
 # %% ../../nbs/jepa/08_comparison.ipynb #b2248921
 def draw_collapse(trainings:dict, K:int): # of `show_collapse`; codes
