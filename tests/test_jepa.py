@@ -2,7 +2,6 @@
 import json
 import os
 import signal
-import sys
 import time
 from types import SimpleNamespace
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 
 from puzzle_research.arc import tasks as arc
 from puzzle_research.arc.objects import of_batch
@@ -17,16 +17,17 @@ from puzzle_research.core.config import seed_everything
 from puzzle_research.core.diagnose import effective_rank
 from puzzle_research.core.fit import Evaluate
 from puzzle_research.core.quantize import VectorQuantizer, count_parameters
-from puzzle_research.core.runs import Run, begin, save_state
+from puzzle_research.core.runs import begin, save_state
 from puzzle_research.jepa.comparison import VARIANTS
-from puzzle_research.jepa.items import as_batch, join, random_views
+from puzzle_research.jepa.items import as_batch, batches, join, random_views
 from puzzle_research.jepa.losses import info_nce
 from puzzle_research.jepa.race import first_step
 from puzzle_research.jepa.retrieval import retrieval, seen_target, with_views
 from puzzle_research.jepa.training import said_by_monitor, stages, trainer
 from puzzle_research.jepa.whitening import whiten
 from puzzle_research.jepa_vq import Config, build, compare, open_items
-from shared import assert_one_clear_line, heavy_imports, puzzle, start, torchrun, wait_until
+from shared import (assert_one_clear_line, heavy_imports, only_run, puzzle, start_child, trained_together,
+                    wait_until)
 
 RECIPES = pytest.mark.parametrize('recipe', ['seed', 'best'])
 
@@ -305,72 +306,60 @@ def test_the_start_of_a_training_is_timed_to_a_few_steps(items):
     assert [first_step(tiny(), items, goal, most, every=1) for goal, most in asked] == [1, 3, 4]
 
 
-TWO = '''
-import sys, torch
-from accelerate import PartialState
-from puzzle_research.core.config import seed_everything
-from puzzle_research.core.fit import Evaluate
-from puzzle_research.jepa.items import batches, open_items
-from puzzle_research.jepa.recipes import example_config
-from puzzle_research.jepa.training import trainer
-state = PartialState(cpu=True)
-torch.set_num_threads(1)
-items = open_items(example_config())
-for recipe in ('seed', 'best'):
-    cfg = example_config(recipe=recipe, batch_size=16, refresh_interval=0, regularizer='none')
-    seed_everything(0)
-    t = trainer(cfg, items, watch=False)
-    t.callbacks = [c for c in t.callbacks if not isinstance(c, Evaluate)]
-    t.batches = batches(items.train, cfg, rank=state.process_index, world=state.num_processes)
-    q = t.module.encoder.vq
-    start = q.codes.clone()
-    t.fit(6)
-    assert not torch.equal(q.codes, start)
-    kept = dict(codes=q.codes, size=q.cluster_size, rows=t.batches.rows(3))
-    torch.save(kept, f'{sys.argv[1]}.{recipe}.{state.process_index}')
-state.wait_for_everyone()
-state.destroy_process_group() # threads of gloo that outlive the interpreter abort it now and then
-'''
+def two_trainings(state):
+    "Six steps of both recipes in each of two processes."
+    process, items = PartialState(cpu=True), open_items(tiny())
+    for recipe in ('seed', 'best'):
+        cfg = tiny(recipe=recipe, batch_size=16, refresh_interval=0, regularizer='none')
+        seed_everything(0)
+        t = trainer(cfg, items, watch=False)
+        t.callbacks = [c for c in t.callbacks if not isinstance(c, Evaluate)]
+        t.batches = batches(items.train, cfg, rank=process.process_index, world=process.num_processes)
+        q = t.module.encoder.vq
+        start = q.codes.clone()
+        t.fit(6)
+        assert not torch.equal(q.codes, start)
+        kept = dict(codes=q.codes, size=q.cluster_size, rows=torch.tensor(t.batches.rows(3)))
+        torch.save(kept, f'{state}.{recipe}.{process.process_index}')
+    process.wait_for_everyone()
+    process.destroy_process_group() # threads of gloo that outlive the interpreter abort it now and then
 
 
 def test_two_processes_have_bit_equal_codebooks(tmp_path):
-    (tmp_path/'two.py').write_text(TWO)
-    torchrun(tmp_path/'two.py', tmp_path/'state')
+    trained_together(two_trainings, str(tmp_path/'state'))
     for recipe in ('seed', 'best'):
-        a, b = (torch.load(tmp_path/f'state.{recipe}.{i}', weights_only=False) for i in (0, 1))
+        a, b = (torch.load(tmp_path/f'state.{recipe}.{i}') for i in (0, 1))
         assert torch.equal(a['codes'], b['codes']) and torch.equal(a['size'], b['size'])
-        assert not set(a['rows']) & set(b['rows'])
+        assert not set(a['rows'].tolist()) & set(b['rows'].tolist())
 
 
 def stage(recipe, run='', seconds=0.): # waits so long before each step
-    "The first stage of a run: sixteen steps, checkpoints twice a second."
+    "The first stage of a run: six steps, checkpoints four times a second."
     never = dict(abort_rank_context=0., abort_rank_target=0.) # a warm-up has no rank to speak of
-    run, cfg = begin('04_jepa_vq', tiny(recipe=recipe, epochs=4, epoch_steps=4, run=run, **never))
-    print(run.id, flush=True)
+    run, cfg = begin('04_jepa_vq', tiny(recipe=recipe, epochs=2, epoch_steps=3, run=run, **never))
     items = open_items(cfg, run)
     seed_everything(cfg.seed)
     t = trainer(cfg, items, run)
-    t.save_seconds, loss = .5, t.loss
+    t.save_seconds, loss = .25, t.loss
     def waiting(*args):
         time.sleep(seconds)
         return loss(*args)
     t.loss = waiting
-    save_state(run.dir/'final.safetensors', t.fit(16).module.state_dict())
+    save_state(run.dir/'final.safetensors', t.fit(6).module.state_dict())
     run.finish(dict(title='A', claim='B', metrics={}))
     return run
 
 
 @pytest.mark.parametrize('recipe', [pytest.param('seed', marks=pytest.mark.slow), 'best'])
 def test_killed_and_resumed_equals_never_killed(tmp_path, monkeypatch, recipe):
-    monkeypatch.setenv('PUZZLE_RUNS', str(tmp_path))
+    monkeypatch.setenv('PUZZLE_RUNS', str(tmp_path/'whole'))
     whole = stage(recipe)
-    code = f'import sys, torch; sys.path.insert(0, {os.path.dirname(__file__)!r}); torch.set_num_threads(1)\n'
-    code += f'from test_jepa import stage; stage({recipe!r}, seconds=.3)'
-    process = start([sys.executable, '-c', code], tmp_path)
-    run = Run.open(process.stdout.readline().strip())
-    wait_until(lambda: run.checkpoints('main'), process)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    monkeypatch.setenv('PUZZLE_RUNS', str(tmp_path/'killed'))
+    child = start_child(stage, recipe, '', .3, PUZZLE_RUNS=str(tmp_path/'killed'))
+    wait_until(lambda: list(tmp_path.glob('killed/*/*/checkpoints/main.*')), child)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    run = only_run(tmp_path/'killed')
     assert run.status == 'died' and len(run.metrics) < len(whole.metrics)
     run = stage(recipe, run=run.id)
     for name in ('metrics.jsonl', 'final.safetensors'):
