@@ -104,7 +104,7 @@ def open_items(cfg, run=None) -> SimpleNamespace: # train, valid, made: Items
     made = [generator.sequences(p, cfg.context) for p in programs]
     rearc = [real(split.rearc)] if split.rearc and not few else []
     return SimpleNamespace(
-        train=join([real(split.train[:40] if few else split.train, 4), *rearc, made[0]], cfg.objects),
+        train=join([real(split.train[:20] if few else split.train, 4), *rearc, made[0]], cfg.objects),
         valid=join([real(split.valid[:10] if few else split.valid), made[1]], cfg.objects),
         made=join([made[2]], cfg.objects),
     )

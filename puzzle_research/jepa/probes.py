@@ -62,7 +62,7 @@ class Probes:
     "Grids of training and test tasks; called with a model, what its vectors know of them, in %."
     def __init__(self, cfg, made, n:int=1500): # made: Items of generated tasks
         train, rng = split_tasks(cfg.data).train, np.random.default_rng(0)
-        train = train[:100] if cfg.budget == 'test' else train[:350]
+        train = train[:40] if cfg.budget == 'test' else train[:350]
         self.train, self.test = (_asked(t, cfg.objects, rng, n) for t in (train, evaluation_tasks(cfg)))
         self.made, self.n = made, n
 

@@ -34,11 +34,11 @@ BUDGETS = ('test', 'quick', 'small', 'full')
 
 SIZES = dict(
     #                 test   quick   small    full
-    generated=       (80,    3000,   20_000,  50_000),
-    candidates=      (200,   8704,   8704,    8704),
+    generated=       (40,    3000,   20_000,  50_000),
+    candidates=      (100,   8704,   8704,    8704),
     invariance_share=(.25,   .125,   .125,    1.),
-    compare_steps=   (3,     15,     50,      1440),
-    collapse_steps=  (3,     30,     100,     600),
+    compare_steps=   (1,     15,     50,      1440),
+    collapse_steps=  (2,     30,     100,     600),
 )
 
 # %% ../../nbs/jepa/00_recipes.ipynb #4fe490f7
@@ -55,7 +55,7 @@ SIZES_SEED = dict(
     compare_seeds=   (0,     0,      0,       0),
 )
 SIZES_BEST = dict(
-    batch_size=      (32,    256,    256,     512),
+    batch_size=      (16,    256,    256,     512),
     accumulate=      (1,     1,      1,       1),
     epochs=          (2,     5,      10,      30),
     epoch_steps=     (2,     25,     40,      100),
