@@ -28,8 +28,9 @@ from .core.runs import begin, load_state, save_state
 # %% ../nbs/03_language_puzzle.ipynb #98472f90
 from .text.baselines import baseline_cells, squeezed
 from .text.codec import WEIGHTS, LanguagePuzzle, cells_used, load_codec
-from .text.figures import (
-    draw_bits, draw_cells, draw_costs, draw_longest, draw_one_cell, draw_published, draw_training)
+from puzzle_research.text.figures import (
+    compared, draw_bits, draw_cells, draw_costs, draw_longest, draw_one_cell, draw_published, draw_training,
+    write_text)
 from .text.files import decode_file, encode_file
 from .text.lexicon import make_lexicon
 from .text.measure import codec_metrics, exact_within, from_cells, longest
