@@ -13,8 +13,8 @@ from torch import nn
 from ..codec.exact import from_integers, to_integers
 from ..codec.files import weights_path
 from ..codec.range_coder import RangeDecoder
+from ..core.checkpoint import load_state, save_state
 from ..core.puzzle import CELLS, from_digits, to_digits
-from ..core.runs import load_state, save_state
 from .exact_model import ExactModel
 from .lexicon import Lexicon
 from .stream import (

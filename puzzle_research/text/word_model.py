@@ -4,22 +4,16 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'LETTER', 'RANK', 'FEATURES', 'REACH', 'copy_counts', 'rough_log2', 'gate_features', 'WordModel',
-           'learned_numbers', 'RandomWindows', 'in_order', 'word_loss', 'word_trainer', 'watch_words']
+           'learned_numbers', 'in_order']
 
 # %% ../../nbs/text/06_word_model.ipynb #8e730ce3
-import math
-
 import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from ..core.config import pick_device
-from ..core.fit import Trainer, one_cycle_linear
-from ..core.measure import often
 from ..core.quantize import count_parameters
 from .lexicon import CLASSES
 from .recurrence import GatedRecurrence
-from .windows import WINDOW
 
 # %% ../../nbs/text/06_word_model.ipynb #7637df06
 @torch.no_grad()
@@ -152,31 +146,6 @@ def forward(self:WordModel,
     p = (letters + gates[..., 0]*words + gates[..., 1]*copies)/(1 + gates.sum(-1))
     return -torch.log2(p.clamp(min=1e-9))
 
-# %% ../../nbs/text/06_word_model.ipynb #413228a7
-class RandomWindows:
-    """Windows of the train text at random places, as a function of seed and step. `len` is the number of
-    steps in which as many characters pass as the text has."""
-    def __init__(self, lexicon, text:str, batch_size:int, seed:int=0):
-        self.ids = lexicon.ids(text)
-        self.reached, self.begins = lexicon.follow(self.ids)
-        self.dead, self.batch_size, self.seed = lexicon.dead, batch_size, seed
-
-    def __len__(self): return max(1, len(self.ids)//(WINDOW*self.batch_size))
-
-    def at(self, offsets): # (B,) -> what WordModel.forward takes
-        i = offsets + np.arange(WINDOW)[:, None]
-        columns = (a[i].astype(np.int64) for a in (self.ids, self.reached, self.begins))
-        x, reached, begins = map(torch.from_numpy, columns)
-        begins = begins - torch.from_numpy(offsets)
-        whole = begins > 0
-        begins, reached = torch.where(whole, begins, -1), torch.where(whole, reached, self.dead)
-        return x, reached, begins, *copy_counts(x, begins)
-
-    def offsets(self, step): # -> (B,)
-        return np.random.default_rng([self.seed, step]).integers(0, len(self.ids) - WINDOW, self.batch_size)
-
-    def __call__(self, step): return self.at(self.offsets(step))
-
 # %% ../../nbs/text/06_word_model.ipynb #574f293c
 def in_order(lexicon, texts:list): # texts of one length -> what WordModel.forward takes
     "Given texts as a batch."
@@ -185,25 +154,3 @@ def in_order(lexicon, texts:list): # texts of one length -> what WordModel.forwa
     rows = ids, [reached for reached, _ in followed], [begins for _, begins in followed]
     x, reached, begins = (torch.from_numpy(np.stack(r, 1).astype(np.int64, order='C')) for r in rows)
     return x, reached, begins, *copy_counts(x, begins)
-
-# %% ../../nbs/text/06_word_model.ipynb #853d62bf
-def word_loss(model, batch, trainer): # -> bits a character
-    return model(*batch).mean(), {}
-
-def word_trainer(cfg, # with rate, device and steps
-    model, batches, run=None, callbacks=(),
-    schedule=one_cycle_linear(.01, .01)
-) -> Trainer:
-    "AdamW with clipped gradients; the stage is called `words`."
-    optimizer = torch.optim.AdamW(model.parameters(), cfg.rate, betas=(.9, .98), weight_decay=1e-3)
-    return Trainer(model, word_loss, batches, optimizer, schedule, clip=1.,
-                   device=pick_device(cfg.device), run=run, name='words', log_every=often(cfg.steps, 200),
-                   callbacks=callbacks)
-
-def watch_words(lexicon, valid:list, n:int=256):
-    "What `Evaluate` logs: bits a character of `n` validation windows, and the cells that they would need."
-    batch = in_order(lexicon, valid[::max(1, len(valid)//n)][:n])
-    def measure(model, trainer):
-        bits = model(*(b.to(trainer.device) for b in batch))
-        return dict(bits_per_character=bits.mean(), cells=bits.sum(0).mean()/math.log2(10))
-    return measure
