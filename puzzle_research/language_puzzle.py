@@ -40,7 +40,8 @@ from puzzle_research.text.published import (
     PUBLISHED, legacy, published_accuracy, published_loss, published_metrics, published_reading,
     published_tokens)
 from .text.windows import WINDOW, open_text, training_windows, windows
-from .text.word_model import RandomWindows, learned_numbers, watch_words, word_trainer
+from .text.word_model import learned_numbers
+from .text.word_training import RandomWindows, watch_words, word_trainer
 
 # %% ../nbs/03_language_puzzle.ipynb #c003
 recipe:str = 'best' # seed: the published small design; seed_large: the large one; best: ours, and the small
