@@ -54,6 +54,7 @@ def cleaned(path:Path) -> str:
     was_run = 'language_info' in nb.metadata or not stale(path)
     _nbdev_clean(nb)
     nb.metadata['kernelspec'] = dict(KERNEL)
+    nb.metadata.pop('jupytext', None)
     if was_run:
         nb.metadata['language_info'] = LANGUAGE
         number_cells(nb)
