@@ -18,7 +18,7 @@ from .core.config import configure, parameters, pick_device, seed_everything
 from .core.data import holdout, load
 from .core.diagnose import fidelity, style
 from .core.measure import criteria, metric
-from .core.report import result_table, write_report
+from .core.report import result_table, show_report
 from .core.runs import begin, load_state, save_state
 from .vision.codec import WEIGHTS, VisionPuzzle, calibrate, learned_numbers
 from .vision.evaluation import anchor_table, fidelity_metrics, race
