@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from puzzle_research.cli import _notebook, join_params, main
+from puzzle_research.cli import main
+from puzzle_research.cli.app import join_params
+from puzzle_research.cli.running import notebook_path
 from puzzle_research.core.config import make_config, parse_parameters
 from puzzle_research.core.params import notebook_of, root, system_of
 from puzzle_research.core.runs import Run
@@ -100,12 +102,12 @@ def test_ctrl_c_ends_the_run_truthfully(tmp_path):
 ])
 def test_a_notebook_in_a_folder_is_a_system_too(notebook, system):
     path = root()/'nbs'/notebook
-    assert system_of(path) == system and notebook_of(system) == path == _notebook(system)
+    assert system_of(path) == system and notebook_of(system) == path == notebook_path(system)
 
 
 def test_a_notebook_by_its_number_or_elsewhere():
-    assert _notebook('lm_mugrokfast') == root()/'nbs'/'lm'/'04_mugrokfast.ipynb'
-    assert _notebook('02') == root()/'nbs'/'02_audio_puzzle.ipynb'
+    assert notebook_path('lm_mugrokfast') == root()/'nbs'/'lm'/'04_mugrokfast.ipynb'
+    assert notebook_path('02') == root()/'nbs'/'02_audio_puzzle.ipynb'
     assert system_of(Path('/elsewhere/04_mine.ipynb')) == '04_mine'
 
 

@@ -76,7 +76,7 @@ def ruff(*rules):
     "What ruff finds, whatever pyproject.toml excuses. Exported modules repeat their notebooks: left out."
     command = [sys.executable, '-m', 'ruff', 'check', '--isolated', '--line-length', str(COLUMNS)]
     command += ['--select', ','.join(rules), '--output-format', 'json']
-    command += ['nbs', 'tests', 'tools', 'puzzle_research/cli.py']
+    command += ['nbs', 'tests', 'tools', 'puzzle_research/cli']
     out = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     for found in json.loads(out.stdout):
         cell = f"cell {found['cell']} " if found.get('cell') else ''

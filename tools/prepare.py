@@ -129,8 +129,10 @@ def exports_to(path:Path) -> list:
 
 
 def modules() -> dict: # path -> text
-    aside = ('_modidx.py', '__init__.py', 'cli.py')
-    return {f: f.read_text() for f in (ROOT/'puzzle_research').rglob('*.py') if f.name not in aside}
+    "What the notebooks export; the command line is written by hand."
+    package = ROOT/'puzzle_research'
+    aside = {package/'_modidx.py', *package.rglob('__init__.py'), *(package/'cli').glob('*.py')}
+    return {f: f.read_text() for f in package.rglob('*.py') if f not in aside}
 
 
 def exported_afresh(paths) -> dict: # path -> text

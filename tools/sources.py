@@ -41,8 +41,8 @@ def modules() -> list:
 
 def plain_files() -> list:
     "Python that no notebook exports."
-    beside = sorted(p for folder in ('tests', 'tools') for p in (ROOT/folder).rglob('*.py'))
-    return [ROOT/'puzzle_research'/'cli.py', *beside]
+    folders = ('puzzle_research/cli', 'tests', 'tools')
+    return sorted(p for folder in folders for p in (ROOT/folder).rglob('*.py'))
 
 
 def code_cells(path:Path) -> list:

@@ -1,0 +1,4 @@
+"`python -m puzzle_research.cli`"
+from . import main
+
+main()

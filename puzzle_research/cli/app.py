@@ -1,0 +1,53 @@
+"What all commands stand on: the application, how options are declared, how an error is told."
+import os, sys
+
+import typer
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help='Train, report and use the puzzle codecs and models. Notebooks in nbs/ are the source of truth.')
+
+
+class Usage(Exception):
+    "Something typed that cannot be: one line, exit 2."
+
+
+def argument(text): return typer.Argument(help=text)
+def option(*names, **kwargs): return typer.Option(*names, **kwargs)
+
+
+def join_params(argv:list) -> list:
+    "`-p NAME VALUE`, as papermill has it, into the `-p NAME=VALUE` that Typer can read."
+    joined, rest = [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        joined.append(word)
+        if word in ('-p', '--param') and len(rest) > 1 and '=' not in rest[0] and rest[1] != '-p':
+            joined.append(f'{rest.pop(0)}={rest.pop(0)}')
+    return joined
+
+
+def _told(error) -> int: # exit code
+    "Say an error in one line: bad usage is exit 2, a failure exit 1."
+    if os.environ.get('PUZZLE_DEBUG'):
+        raise error
+    of_typer = hasattr(error, 'format_message')
+    text = error.format_message() if of_typer else str(error)
+    print(f"puzzle: {' '.join(text.split())}", file=sys.stderr)
+    return 2 if of_typer or isinstance(error, Usage) or type(error) is ValueError else 1
+
+
+def main():
+    "Run the command line."
+    command, argv = typer.main.get_command(app), join_params(sys.argv[1:])
+    if not argv or argv == ['data']:
+        argv.append('--help')
+    try:
+        code = command.main(argv, prog_name='puzzle', standalone_mode=False)
+    except KeyboardInterrupt:
+        code = 130                   # Typer's own number for Ctrl-C
+    except Exception as e:
+        code = _told(e)
+    if code == 130:
+        print('puzzle: interrupted; go on with `puzzle run NOTEBOOK --resume RUN`', file=sys.stderr)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,38 @@
+"`puzzle data`: what data sets are known, found and whole."
+from typing import Annotated, Optional
+
+import typer
+
+from .app import app, argument
+
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None,
+                       help='Data sets: what is known, what is found, what is whole.')
+app.add_typer(data_app, name='data')
+
+
+@data_app.command('list')
+def data_list():
+    "Every data set the bench knows: what it is, its licence, where it was found."
+    from puzzle_research.core.data import SOURCES, find
+    for name, source in SOURCES.items():
+        found = [split for split in source.splits if find(name, split)]
+        print(f"{name:31} {', '.join(found) or 'not found':28} {source.licence}")
+
+
+@data_app.command('check')
+def data_check(name:Annotated[Optional[str], argument('Only this data set.')] = None):
+    "Read every split found, whole: rows, fingerprint, broken items. Exit 1 where something is broken."
+    from puzzle_research.core.data import check
+    lines, empty = check(name), dict(split='', rows='', broken=0, listed=0, sha256='')
+    for line in lines:
+        print('{name:31} {split:16} {rows:>7} rows  {broken} broken  {listed} listed  {sha256:12}  {status}'
+              .format(**empty | line))
+    if not all(line['status'].startswith(('ok', 'not found')) for line in lines):
+        raise typer.Exit(1)
+
+
+@data_app.command('fetch')
+def data_fetch(name:Annotated[str, argument('Data set to fetch.')]):
+    "Download a data set from the hub into data/, as Parquet. Needs the network."
+    from puzzle_research.core.data import fetch
+    print(fetch(name))
