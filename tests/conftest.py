@@ -6,6 +6,7 @@ import pytest
 import puzzle_research.core.data as data
 import puzzle_research.core.hub as hub
 from puzzle_research.cli import main
+from reliability import faults, pytest_addoption, pytest_runtest_logreport, pytest_sessionfinish  # noqa: F401
 from shared import PUZZLE, SMALL, as_options, finish, only_run, start
 
 

@@ -1,11 +1,32 @@
 "Runs and reports: `puzzle runs`, `show`, `watch`, `publish`."
-import os, sys, time
+import contextlib, os, sys, time
 from typing import Annotated, Optional
 
 from puzzle_research.core.params import system_of
 
 from .app import app, argument, option
 from .running import notebook_path
+
+
+@contextlib.contextmanager
+def _naming(run):
+    "An entry that a manifest lacks, or one of another type, as an error that names the run and the file."
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as e:
+        why = f'lacks {e}' if isinstance(e, KeyError) else f'is not as a run writes it: {e}'
+        raise ValueError(f'{run.system}/{run.id}/manifest.json {why}') from e
+
+
+def _how_it_stands(run) -> str:
+    "Status, mode, seconds and error of a run; that it cannot be read, and why."
+    try:
+        with _naming(run):
+            m = run.manifest
+            mode = f"{m['recipe'] or '':6} {m['budget'] or '':6} seed {m['seed']}"
+            return f"{run.status:11} {mode} {m['seconds']:7.0f} s  {m['error'] or ''}"
+    except (ValueError, OSError) as e:
+        return f'unreadable  {e}'
 
 
 @app.command()
@@ -21,10 +42,7 @@ def runs(
     if not folders:
         print('no runs yet; start one with `puzzle run 01_vision_puzzle`')
     for r in map(Run, folders[-last:]):
-        m = r.manifest
-        mode = f"{m['recipe'] or '':6} {m['budget'] or '':6} seed {m['seed']}"
-        line = f"{r.system:20} {r.id:22} {r.status:11} {mode} {m['seconds']:7.0f} s  {m['error'] or ''}"
-        print(line[:160])
+        print(f'{r.system:20} {r.id:22} {_how_it_stands(r)}'[:160])
 
 
 def _print_data(d):
@@ -38,6 +56,14 @@ def show(run:Annotated[str, argument('A run id, or the start of one.')]):
     from puzzle_research.core.report import result_table
     from puzzle_research.core.runs import Run
     r = Run.open(run)
+    with _naming(r):
+        _print_run(r)
+    if (r.dir/'summary.json').exists():
+        print(f'\n{result_table(r.summary)}')
+    print(f'\nfolder  {os.path.relpath(r.dir)}')
+
+
+def _print_run(r):
     m = r.manifest
     print(f'{r.system}/{r.id}  {r.status}')
     print(f"start {m['start']}  end {m['end']}  {m['seconds']} s  {m['threads']} threads  {m['device']}")
@@ -48,9 +74,6 @@ def show(run:Annotated[str, argument('A run id, or the start of one.')]):
         print(f"event   {e['time']} {e['kind']}: {e['message']}")
     if m['error']:
         print(f"error   {m['error']}")
-    if (r.dir/'summary.json').exists():
-        print(f'\n{result_table(r.summary)}')
-    print(f'\nfolder  {os.path.relpath(r.dir)}')
 
 
 @app.command()

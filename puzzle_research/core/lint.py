@@ -48,9 +48,11 @@ def names_twice(text:str) -> list:
     return found
 
 def _read(folder):
+    text = (folder/'summary.json').read_text()
+    twice = names_twice(text)                                # where `read_json` would refuse the file
     return SimpleNamespace(
-        dir=folder, manifest=read_json(folder/'manifest.json'), summary=read_json(folder/'summary.json'),
-        rows=read_jsonl(folder/'metrics.jsonl'), twice=names_twice((folder/'summary.json').read_text()))
+        dir=folder, manifest=read_json(folder/'manifest.json'), rows=read_jsonl(folder/'metrics.jsonl'),
+        summary=json.loads(text) if twice else read_json(folder/'summary.json'), twice=twice)
 
 def lint(run_dirs # one folder of a run, or several that differ only in seed
 ) -> list: # of Finding; empty where all is well
