@@ -6,6 +6,7 @@ import torch
 from puzzle_research.codec.entropy import FrequencyTables, integer_frequencies
 from puzzle_research.codec.exact import snap
 from puzzle_research.codec.range_coder import MAX_TOTAL, TOP, UNIT, RangeDecoder, RangeEncoder
+from numpy_coder import NumpyDecoder, NumpyEncoder
 
 
 def draw(rng, tables, rows):
@@ -38,6 +39,29 @@ def test_round_trip_and_cost(total, lanes):
     over = used - tables.cost(rows, symbols).sum(1)
     assert over.max() < 1 + 400 * total / UNIT * 10
     assert over.max() - over.min() < 3
+
+
+@pytest.mark.parametrize('total', [997, 10 ** 6, MAX_TOTAL])
+def test_compiled_coder_equals_the_numpy_one(total):
+    "The same digits, and from any digits the same symbols; a symbol at a time and whole streams."
+    rng = np.random.default_rng(total)
+    tables = random_tables(rng, total)
+    rows = rng.integers(0, tables.rows, (17, 300))
+    symbols, any_digits = draw(rng, tables, rows), rng.integers(0, 10, (17, 200))
+    ours, oracle = RangeEncoder(17), NumpyEncoder(17, 4000)
+    read, read_oracle = RangeDecoder(any_digits), NumpyDecoder(any_digits)
+    for r, s in zip(rows.T, symbols.T):
+        ours.put(tables.start[r, s], tables.freq[r, s], total)
+        oracle.put(tables.start[r, s], tables.freq[r, s], total)
+        np.testing.assert_array_equal(read.peek(total), read_oracle.peek(total))
+        x = tables.decode(read, r)
+        read_oracle.skip(tables.start[r, x], tables.freq[r, x], total)
+        np.testing.assert_array_equal(read.code, read_oracle.code)
+    digits, used = oracle.finish()
+    for got in (ours.finish(), tables.encode_all(rows, symbols)):
+        np.testing.assert_array_equal(got[1], used)
+        np.testing.assert_array_equal(got[0], digits[:, :used.max()])
+    np.testing.assert_array_equal(tables.decode_all(rows, digits), symbols)
 
 
 def test_rare_symbols_only():
