@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from .grids import OUTSIDE, components, sizes
 from ..core.data import cache_folder
 from ..core.runs import load_state, save_state
+from ..core.seals import notice
 
 # %% ../../nbs/arc/04_objects.ipynb #c005
 @dataclass(frozen=True)
@@ -178,7 +179,8 @@ def table(
     if path.exists():
         try:
             return Objects(**load_state(path))
-        except ValueError: # torn by a killed process: extracted anew
+        except (ValueError, OSError) as e:
+            notice(f'the table of objects in the cache is damaged ({e}); it is extracted anew')
             path.unlink(missing_ok=True)
     o = _with_empty(extract(stack, most))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@
 __all__ = ['NpyAppender', 'listed_rows', 'try_row', 'decode_split', 'on_disk']
 
 # %% ../../nbs/core/01e_arrays.ipynb #9cba3213
-import contextlib, errno, json, os, shutil, tempfile, time
+import contextlib, errno, json, os
 from pathlib import Path
 
 import numpy as np
@@ -187,30 +187,15 @@ def _fill(aside, path, name, split, decoder, progress) -> dict:
                 decoder=decoder.describe())
 
 # %% ../../nbs/core/01e_arrays.ipynb #06b63f64
-def _sweep(folder, age=86_400.): # s
-    "Remove what a killed process left aside more than a day ago."
-    for path in folder.glob('.aside-*'):
-        if time.time() - path.stat().st_mtime > age:
-            shutil.rmtree(path, ignore_errors=True)
-
 def decode_split(path:Path, # Parquet file
     name:str, split:str, # of a registered set
     decoder:Decoder,
-    place:Path, # folder of the cache entry, which appears when it is complete
+    folder:Path, # empty, or made
     progress=None # show a bar; None: on a terminal
 ):
-    "Decode a Parquet file into the cache, all or nothing."
-    place.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(place.parent)
-    aside = Path(tempfile.mkdtemp(dir=place.parent, prefix='.aside-'))
-    try:
-        write_json(aside/'meta.json', _fill(aside, path, name, split, decoder, progress))
-        os.rename(aside, place)
-    except OSError as e:
-        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):       # another process was faster
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    "Decode a Parquet file into a folder: an array a column, and `meta.json`."
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder/'meta.json', _fill(folder, path, name, split, decoder, progress))
 
 # %% ../../nbs/core/01e_arrays.ipynb #3afc0946
 @contextlib.contextmanager

@@ -61,11 +61,12 @@ def unpack(tree, tensors:dict):
 class TornCheckpoint(ValueError):
     "A checkpoint file that is truncated or does not match its checksum."
 
-def _digest(tensors):
+def _digest(tensors, tree=None): # tree: None for files of an earlier format, with a digest of values
     import torch
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(json.dumps(tree).encode() if tree is not None else b'')
     for name in sorted(tensors):
-        digest.update(name.encode())
+        kind = '' if tree is None else f' {tensors[name].dtype} {tuple(tensors[name].shape)}'
+        digest.update(f'{name}{kind}'.encode())
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
@@ -74,7 +75,7 @@ def save_state(path:Path, tree):
     from safetensors.torch import save
     head, tensors = pack(tree)
     tensors = {k: v.cpu().contiguous().clone() for k, v in tensors.items()}
-    header = json.dumps(dict(tree=head, sha256=_digest(tensors)))
+    header = json.dumps(dict(tree=head, digest=_digest(tensors, head)))
     write_atomic(path, save(tensors, dict(state=header)))   # one key: safetensors writes several in any order
 
 # %% ../../nbs/core/06b_checkpoint.ipynb #6c7ea563
@@ -85,9 +86,12 @@ def load_state(path:Path):
         with safe_open(path, 'pt') as f:
             header = json.loads(f.metadata()['state'])
             tensors = {k: f.get_tensor(k) for k in f.keys()}
-        if header['sha256'] != _digest(tensors):
+        said, tree = header.get('digest'), header['tree']
+        if (said or header['sha256']) != _digest(tensors, tree if said else None):
             raise ValueError('checksum differs')
-    except (SafetensorError, ValueError, KeyError, TypeError) as e:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as e:
+        if isinstance(e, FileNotFoundError):
+            raise
         why = f'checkpoint {Path(path).name} is not whole ({e}); expected a file written by save_state'
         raise TornCheckpoint(why) from e
     return unpack(header['tree'], tensors)

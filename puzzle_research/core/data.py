@@ -6,7 +6,7 @@
 __all__ = ['log', 'Dataset', 'open_split', 'load', 'holdout', 'check']
 
 # %% ../../nbs/core/01_data.ipynb #4bf6caf3
-import hashlib, json, logging, shutil
+import hashlib, json, logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +14,12 @@ import numpy as np
 from fastcore.basics import patch
 from .arrays import decode_split, on_disk
 from .decoders import BROKEN, DECODERS, Decoder, read_sound, resampled
-from .fingerprint import cache_folder, read_cached, sha256, verified_sha256
+from .files import read_json
+from .fingerprint import cache_folder, sha256, verified_sha256
 from .hub import fetch
 from .params import nearest
 from .parquet import data_folders, find, open_parquet, read_batches
+from .seals import open_sealed
 from .sources import SOURCES, Source, check_split, register, source
 
 # %% ../../nbs/core/01_data.ipynb #000d46f2
@@ -67,22 +69,9 @@ def _fingerprint(path, name, decoder) -> tuple: # sha256 of the file, fingerprin
                  ragged=list(decoder.ragged))
     return sha, hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-def _open_entry(place): # (description, arrays), None where it is absent or damaged
-    meta = read_cached(place/'meta.json')
-    try:
-        return meta, {k: np.load(place/f'{k}.npy', mmap_mode='r') for k in [*meta['arrays'], 'row']}
-    except (OSError, ValueError, KeyError):
-        return None
-
-def _entry(path, name, split, decoder, place, progress): # (description, arrays)
-    entry = _open_entry(place)
-    if entry is None:
-        if place.exists():
-            log.warning('the cache of %s/%s is damaged; decoding it again', name, split)
-            shutil.rmtree(place)
-        decode_split(path, name, split, decoder, place, progress)
-        entry = _open_entry(place)
-    return entry
+def _read_entry(place): # (description, arrays)
+    meta = read_json(place/'meta.json')
+    return meta, {k: np.load(place/f'{k}.npy', mmap_mode='r') for k in [*meta['arrays'], 'row']}
 
 # %% ../../nbs/core/01_data.ipynb #d4ff7c3d
 def _some(broken): # the first three, for a message
@@ -115,7 +104,8 @@ def open_split(path:Path, # Parquet file
     with on_disk(f'{name}/{split}'):
         sha, key = _fingerprint(path, name, decoder)
         place = cache_folder()/'decoded'/f'{name}-{split}-{key[:16]}'
-        meta, arrays = _entry(path, name, split, decoder, place, progress)
+        def make(folder): decode_split(path, name, split, decoder, folder, progress)
+        meta, arrays = open_sealed(place, _read_entry, make, f'{name}/{split}')
     _check_broken(name, split, meta, limit_rate)
     if not meta['rows']:
         raise ValueError(f'{path} holds no usable row of {name}/{split}')

@@ -6,11 +6,12 @@
 __all__ = ['cache_folder', 'read_cached', 'sha256', 'expected_sha256', 'verified_sha256']
 
 # %% ../../nbs/core/01c_fingerprint.ipynb #208cdfe3
-import hashlib, os
+import hashlib, json, os
 from pathlib import Path
 
-from .files import read_json, write_json
+from .files import parse_json
 from .params import root
+from .seals import read_sealed, write_sealed
 
 # %% ../../nbs/core/01c_fingerprint.ipynb #3572cd8e
 def cache_folder() -> Path:
@@ -19,10 +20,10 @@ def cache_folder() -> Path:
         return root()/os.environ['PUZZLE_CACHE']
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'puzzle_research'
 
-def read_cached(path:Path) -> dict: # empty where the file is absent or torn
-    "The dict in a JSON file of our own cache."
+def read_cached(path:Path) -> dict: # empty where the file is absent, torn or damaged
+    "The dict in a sealed JSON file of our own cache."
     try:
-        found = read_json(path)
+        found = parse_json(read_sealed(path), path.name)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -32,17 +33,17 @@ def _hash_file(path):
     with open(path, 'rb') as f:
         return hashlib.file_digest(f, 'sha256').hexdigest()
 
-def sha256(path:Path) -> str: # hex digits
-    "Digest of a file, remembered by its path, size and time of change."
+def sha256(path:Path, afresh:bool=False # do not trust what is remembered
+) -> str: # hex digits
+    "Digest of a file, remembered by its path, size and times of change."
     path = path.resolve()
-    stamp = [path.stat().st_size, path.stat().st_mtime_ns]
-    key = hashlib.sha256(str(path).encode()).hexdigest()[:24]
-    note = cache_folder()/'sha256'/f'{key}.json'
-    known = read_cached(note)
+    s = path.stat()
+    stamp = [s.st_size, s.st_mtime_ns, s.st_ctime_ns]
+    note = cache_folder()/'sha256'/f'{hashlib.sha256(str(path).encode()).hexdigest()[:24]}.json'
+    known = {} if afresh else read_cached(note)
     if known.get('stamp') != stamp:
         known = dict(stamp=stamp, sha256=_hash_file(path))
-        note.parent.mkdir(parents=True, exist_ok=True)
-        write_json(note, known)
+        write_sealed(note, json.dumps(known).encode())
     return known['sha256']
 
 # %% ../../nbs/core/01c_fingerprint.ipynb #3148ff86
@@ -64,6 +65,8 @@ def verified_sha256(path:Path,
 ) -> str:
     "Digest of a file. Raises ValueError where a `SHA256SUMS` says otherwise."
     found, expected = sha256(path), expected_sha256(path)
+    if expected and found != expected:
+        found = sha256(path, afresh=True)            # a wrong memory blames no good file
     if expected and found != expected:
         raise ValueError(f'{path} differs from SHA256SUMS (expected {expected[:12]}..., found '
                          f'{found[:12]}...). It is damaged or another version: get it again '

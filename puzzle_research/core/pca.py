@@ -6,13 +6,14 @@
 __all__ = ['PCA', 'hash_items', 'kept', 'fit_pca']
 
 # %% ../../nbs/core/05g_pca.ipynb #8075eca8
-import hashlib, os
+import hashlib, io
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch
 from .fidelity import unit_scale
+from .seals import Damaged, notice, read_sealed, write_sealed
 
 # %% ../../nbs/core/05g_pca.ipynb #66e55aca
 @dataclass
@@ -47,6 +48,7 @@ def hash_items(x:np.ndarray) -> str:
         digest.update(np.ascontiguousarray(x[i:i+8192]))
     return digest.hexdigest()
 
+# %% ../../nbs/core/05g_pca.ipynb #070f46e1
 def kept(path:Path, # .npz file; None: nothing is kept
     key:str, # of all that the result depends on
     fit, # () -> result
@@ -57,14 +59,17 @@ def kept(path:Path, # .npz file; None: nothing is kept
     if path is None:
         return fit()
     path = Path(path)
-    if path.exists():
-        with np.load(path) as f:
+    try:
+        with np.load(io.BytesIO(read_sealed(path))) as f:
             if str(f['key']) == key:
                 return load(f)
-    result, aside = fit(), path.with_name(f'.{path.stem}.{os.getpid()}.tmp.npz')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(aside, key=key, **dump(result))
-    os.replace(aside, path)
+    except FileNotFoundError:
+        pass
+    except (Damaged, OSError) as e:
+        notice(f'the fit {path.name} in the cache is damaged ({e}); it is made anew')
+    result, arrays = fit(), io.BytesIO()
+    np.savez(arrays, key=key, **dump(result))
+    write_sealed(path, arrays.getvalue())
     return result
 
 # %% ../../nbs/core/05g_pca.ipynb #92b9d9f8

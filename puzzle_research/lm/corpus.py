@@ -7,7 +7,7 @@ __all__ = ['PARTS', 'ARRAYS', 'COUNTS', 'MUCH', 'log', 'STAND_IN', 'Corpus', 'ta
            'write_all', 'build_corpus']
 
 # %% ../../nbs/lm/15_corpus.ipynb #00167fc5
-import hashlib, json, logging, multiprocessing, os, shutil, time
+import hashlib, json, logging, multiprocessing, os, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 
 from ..core.config import nearest
 from ..core.data import cache_folder
+from ..core.seals import open_sealed
 from .overlap import overlap
 from .tasks import BUNDLED, BUNDLED_STAGES, STAGES, TASKS, records, task
 from .tokens import Packed, Tokenizer, pack, train_tokenizer
@@ -194,18 +195,12 @@ def _write_corpus(folder:Path, found, vocab, length, seconds:dict):
 
 # %% ../../nbs/lm/15_corpus.ipynb #8523ea69
 def _build(found, used, vocab, length, seconds:dict) -> Corpus:
-    place = _place(found, used, vocab, length)
-    if (place/'meta.json').exists():
-        return _read(place)
-    aside = place.with_name(f'.{place.name}.{os.getpid()}.aside')
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    _write_corpus(aside, found, vocab, length, seconds)
-    try:
-        os.rename(aside, place)
-    except OSError:
-        shutil.rmtree(aside, ignore_errors=True) # another process was first
-    return replace(_read(place), seconds=seconds)
+    built = {}
+    def make(folder):
+        built.update(seconds)
+        _write_corpus(folder, found, vocab, length, built)
+    corpus = open_sealed(_place(found, used, vocab, length), _read, make, 'the corpus')
+    return replace(corpus, seconds=built)
 
 # %% ../../nbs/lm/15_corpus.ipynb #2997f023
 log = logging.getLogger('puzzle_research.lm')
