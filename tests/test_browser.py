@@ -11,6 +11,8 @@ import pytest
 
 from puzzle_research.core.config import root
 
+pytest.importorskip('playwright', reason="needs the extra `browser`")
+
 CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM, reason='needs Chromium (Debian: chromium)')]
 ARGUMENTS = ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-sync',
@@ -40,7 +42,7 @@ def lab(tmp_path_factory):
     shutil.copytree(root()/'nbs', folder/'nbs')
     env = os.environ | dict(PUZZLE_ROOT=str(root()), PUZZLE_RUNS=str(folder/'runs'))
     command = [sys.executable, '-m', 'jupyter', 'lab', 'nbs', '--no-browser', '--allow-root',
-               f'--port={port}', '--IdentityProvider.token=', '--expose-app-in-browser', '--LabApp.news_url=None']
+               f'--port={port}', '--IdentityProvider.token=', '--expose-app-in-browser']
     with open(folder/'log', 'w') as log:
         server = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)
     address = f'http://127.0.0.1:{port}'

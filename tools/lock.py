@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = '# The exact versions that were tested. Written by tools/lock.py (`make lock`) from pyproject.toml.\n'
-EXTRAS = ('dev', 'docs')
+EXTRAS = ('dev', 'docs', 'browser')
 INSTALLERS = ('pip', 'setuptools', 'wheel')   # come with the environment
 
 

@@ -54,7 +54,8 @@ def cleaned(path:Path) -> str:
     was_run = 'language_info' in nb.metadata or not stale(path)
     _nbdev_clean(nb)
     nb.metadata['kernelspec'] = dict(KERNEL)
-    nb.metadata.pop('jupytext', None)
+    for name in ('jupytext', 'widgets'):    # an editor's, and the state of widgets, which is large
+        nb.metadata.pop(name, None)
     if was_run:
         nb.metadata['language_info'] = LANGUAGE
         number_cells(nb)

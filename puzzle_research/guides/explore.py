@@ -187,7 +187,7 @@ def picture_of(raw:bytes): # of a file -> uint8 (1, 3, 32, 32)
 
 # %% ../../nbs/guides/03_explore.ipynb #8ebf2c96
 def chooser(show, names, pick, accept, read):
-    "A list to choose from and a file to drop. `show` gets what `pick` finds or `read` reads; errors are said."
+    "A list to choose from and a file to drop. `show` gets what is picked or read; errors are said."
     choice = W.Dropdown(options=names, description='choose')
     drop, said = W.FileUpload(accept=accept, description='or drop a file'), W.HTML()
     def from_file(change):
@@ -262,7 +262,7 @@ class Recorder(anywidget.AnyWidget):
       el.append(button);
     }
     export default {render};"""
-    samples = traitlets.Bytes().tag(sync=True)
+    samples = traitlets.Bytes().tag(sync=True, from_json=lambda view, _: bytes(view))
     rate = traitlets.Int(RATE).tag(sync=True)
 
 # %% ../../nbs/guides/03_explore.ipynb #5abc37d0
@@ -290,17 +290,12 @@ class TextView(W.HTML):
     def compare(self, decoded, original):
         return 'the same text' if decoded == original else 'another text'
 
-def explore_texts(text='The quick brown fox jumps over the lazy dog.') -> Explorer:
-    "Any text that fits a puzzle; what does not is cut."
+def explore_texts(text:str) -> Explorer:
+    "Any text; what is longer than surely fits is cut."
     codec, field = LanguagePuzzle.from_pretrained(), W.Textarea(text, continuous_update=False)
     explorer = Explorer(dict(stream=codec), TextView, [field])
     def read(change):
-        kept = change.new
-        while True:
-            try:
-                return explorer.show([kept])
-            except ValueError:
-                kept = kept[:len(kept)//2]
+        explorer.show([change.new[:codec.longest_raw]])
     field.observe(read, 'value')
     explorer.show([text])
     return explorer
