@@ -36,8 +36,8 @@ try:
 except SystemExit:
     pass
 '''
-COMMANDS = ['', 'run', 'runs', 'show', 'watch', 'publish', 'new', 'data', 'data check', 'doctor', 'encode',
-            'decode']
+COMMANDS = ['', 'run', 'sweep', 'runs', 'show', 'watch', 'publish', 'new', 'data', 'data check', 'doctor',
+            'encode', 'decode']
 
 
 @pytest.mark.parametrize('command', COMMANDS)

@@ -12,6 +12,10 @@ class Usage(Exception):
     "Something typed that cannot be: one line, exit 2."
 
 
+class Interrupted(Exception):
+    "Ctrl-C, with a word on how to go on: exit 130."
+
+
 def argument(text): return typer.Argument(help=text)
 def option(*names, **kwargs): return typer.Option(*names, **kwargs)
 
@@ -42,12 +46,14 @@ def main():
     command, argv = typer.main.get_command(app), join_params(sys.argv[1:])
     if not argv or argv == ['data']:
         argv.append('--help')
+    how = 'interrupted; go on with `puzzle run NOTEBOOK --resume RUN`'
     try:
         code = command.main(argv, prog_name='puzzle', standalone_mode=False)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted) as e:
         code = 130                   # Typer's own number for Ctrl-C
+        how = str(e) or how
     except Exception as e:
         code = _told(e)
     if code == 130:
-        print('puzzle: interrupted; go on with `puzzle run NOTEBOOK --resume RUN`', file=sys.stderr)
+        print(f'puzzle: {how}', file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)

@@ -5,6 +5,7 @@ from typing import Annotated, Optional
 
 from puzzle_research.core.params import (from_text, nearest, notebook_of, notebook_parameters, root,
                                          system_of)
+from puzzle_research.core.points import given_once
 
 from .app import Usage, app, argument, option
 
@@ -21,17 +22,22 @@ def notebook_path(name) -> Path:
     raise Usage(nearest(stem, [p.stem for p in known], 'notebook'))
 
 
-def _values(path, given) -> dict: # `given`: name=value texts
-    "Values of parameters, typed by the notebook's parameters cell."
-    known, values = notebook_parameters(path), {}
-    for text in given:
-        name, equals, value = text.partition('=')
+def named(given) -> list: # `given`: name=value texts
+    "Parameters as they were typed: (name, text) each."
+    pairs = [text.partition('=') for text in given]
+    for name, equals, _ in pairs:
         if not equals:
             raise Usage(f'-p {name}: expected a name and a value, as in `-p seed 7`')
+    return [(name, value) for name, _, value in pairs]
+
+
+def _values(path, given) -> dict: # `given`: name=value texts
+    "Values of parameters, typed by the notebook's parameters cell."
+    known, texts = notebook_parameters(path), given_once(named(given))
+    for name in texts:
         if name not in known:
             raise Usage(nearest(name, list(known)))
-        values[name] = from_text(known[name], value)
-    return values
+    return {name: from_text(known[name], text) for name, text in texts.items()}
 
 
 def _run_folder(system, values, resume) -> Path:

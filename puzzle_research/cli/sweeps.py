@@ -1,0 +1,48 @@
+"Many runs: `puzzle sweep`."
+import signal
+from typing import Annotated, Optional
+
+import typer
+
+from .app import Interrupted, Usage, app, argument, option
+from .running import named, notebook_path
+
+
+def _as_ctrl_c(signum, frame):
+    "A scheduler's SIGTERM ends a sweep as Ctrl-C does: all runs can be taken up."
+    raise KeyboardInterrupt
+
+
+@app.command()
+def sweep(
+    notebook:Annotated[str, argument('Notebook path, or a system name such as 05_ternary_vae.')],
+    param:Annotated[list[str], option('-p', '--param', metavar='NAME VALUES',
+                                      help='A list (0.1,0.2) or a range (0:3) of values; repeatable.')] = [],
+    jobs:Annotated[Optional[int], option(help='Runs at a time; default one, or one a GPU.')] = None,
+    name:Annotated[str, option(help='Name of the sweep; default made from the system and the grid.')] = '',
+):
+    """Run every point of a grid. Finished points are kept, what died is taken up; Ctrl-C loses nothing.
+
+    Example: puzzle sweep 05_ternary_vae -p budget test -p rate 0.02,0.05 -p seed 0:3 --jobs 2
+    """
+    from puzzle_research.core.points import given_once
+    from puzzle_research.core.sweeping import run_sweep
+    signal.signal(signal.SIGTERM, _as_ctrl_c)
+    try:
+        points = run_sweep(notebook_path(notebook), given_once(named(param)), jobs, name)
+    except KeyboardInterrupt:
+        raise Interrupted('interrupted; the same command goes on where it stopped') from None
+    _told(points)
+
+
+def _told(points):
+    "Print how a sweep ended. What keeps it from going on is an error."
+    from puzzle_research.core.sweep import halts, tally
+    print(tally(points))
+    for point in points:
+        if point.status == 'refused':
+            raise Usage(point.error)
+        if halts(point):
+            raise OSError(f'{point.error}; free some space, then the same command goes on')
+    if not all(p.status in ('ok', 'kept') for p in points):
+        raise typer.Exit(1)
