@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ASIDE', 'module_file', 'Here', 'text_hash', 'split_sha256', 'code_changes', 'version_changes', 'data_change',
-           'changes', 'Known', 'imported_modules']
+           'changes', 'readable', 'Known', 'imported_modules']
 
 # %% ../../nbs/core/15_same.ipynb #fe0a7d14
 import ast, hashlib, json
@@ -106,12 +106,20 @@ def changes(manifest:dict, # of a run
 # %% ../../nbs/core/15_same.ipynb #3e9dd992
 ASIDE = ('run',)     # a parameter that says which run, not what it computes
 
+def readable(run:Run) -> bool:
+    "Can the manifest be read, and does it say what a run stands on? What cannot is no run to go on with."
+    try:
+        return {'config', 'changed', 'code', 'data', 'versions'} <= run.manifest.keys()
+    except (ValueError, OSError):
+        return False
+
+# %% ../../nbs/core/15_same.ipynb #5d790def
 class Known:
     "The runs of one system, to be asked which are the run of given parameters; every manifest is read once."
     def __init__(self, system:str, here:Here=None):
         self.here, self.index = here or Here(), {}
         paths = sorted(runs_folder().glob(f'{system}/*/manifest.json'), reverse=True)
-        self.runs = [(run, run.manifest) for run in (Run(p.parent) for p in paths)]
+        self.runs = [(run, run.manifest) for run in (Run(p.parent) for p in paths) if readable(run)]
 
     def _indexed(self, names): # tuple of names -> {values: [(run, manifest)]}
         if names not in self.index:
