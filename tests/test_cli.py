@@ -1,12 +1,13 @@
 "The command line: fast help, one clear line for bad usage, the same parameters as papermill."
-import signal, subprocess, sys
+import json, signal, subprocess, sys
 from pathlib import Path
 
 import pytest
 
 from puzzle_research.cli import main
-from puzzle_research.cli.app import join_params
+from puzzle_research.cli.app import complete_notebooks, complete_runs, join_params
 from puzzle_research.cli.running import notebook_path
+from puzzle_research.core.collect import example_run
 from puzzle_research.core.config import make_config, parse_parameters
 from puzzle_research.core.params import notebook_of, root, system_of
 from puzzle_research.core.runs import Run
@@ -36,8 +37,8 @@ try:
 except SystemExit:
     pass
 '''
-COMMANDS = ['', 'run', 'sweep', 'runs', 'show', 'watch', 'publish', 'new', 'data', 'data check', 'doctor',
-            'encode', 'decode']
+COMMANDS = ['', 'run', 'sweep', 'runs', 'best', 'show', 'watch', 'publish', 'new', 'data', 'data check',
+            'doctor', 'encode', 'decode']
 
 
 @pytest.mark.parametrize('command', COMMANDS)
@@ -59,6 +60,9 @@ def test_help_needs_nothing_heavy():
     ('run 01 -p commitment much', "'commitment' = 'much': expected float"),
     ('run 01 --resume nothere', "unknown run 'nothere'"),
     ('show nothere', 'nothere'),
+    ('runs --sort sead', 'sead'),
+    ('runs --since yesterday', 'expected a date'),
+    ('best 01 --metric nothing', "unknown metric 'nothing'"),
     ('watch nothere', 'nothere'),
     ('publish nothere', 'nothere'),
     ('encode a.gif', "'.gif'"),
@@ -117,3 +121,30 @@ def test_watch_needs_no_torch_and_takes_a_folder(tmp_path, monkeypatch):
     run.log(1, stage='main', loss=.5)
     heavy, shown = heavy_imports(CALL.format(['puzzle', 'watch', str(run.dir), '--once']), HEAVY)
     assert heavy == [] and run.id in shown and 'main train, 1 measured' in shown and 'alerts' in shown
+
+
+@pytest.fixture
+def three_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv('PUZZLE_RUNS', str(tmp_path))
+    for seed, psnr in enumerate([32.1, 33.4, 32.9]):
+        example_run(tmp_path/'01_vision_puzzle', seed, psnr, status='ok' if seed else 'failed')
+
+
+def test_runs_are_filtered_and_sorted_and_are_json(three_runs, typed):
+    rows = json.loads(typed('runs', '01', '--status', 'ok', '--sort', 'psnr', '--json').stdout)
+    found = [(row['run'], row['metrics.psnr'], row['params.seed']) for row in rows]
+    assert found == [('run2', 32.9, 2), ('run1', 33.4, 1)]
+    shown = typed('runs', '--metric', 'psnr', '--last', '1').stdout.splitlines()
+    assert len(shown) == 3 and shown[0].split()[:3] == ['system', 'run', 'status'] and '32.9' in shown[2]
+
+
+def test_best_and_last(three_runs, typed):
+    best = json.loads(typed('best', '01', '--metric', 'psnr', '--json').stdout)
+    assert [row['run'] for row in best] == ['run1', 'run2']
+    assert typed('show', 'last').stdout.startswith('01_vision_puzzle/run2  ok')
+
+
+def test_version_and_completion(typed, three_runs):
+    from importlib.metadata import version
+    assert typed('--version').stdout == f"puzzle_research {version('puzzle_research')}\n"
+    assert complete_runs('run') == ['run2', 'run1', 'run0'] and '05_ternary_vae' in complete_notebooks('05')

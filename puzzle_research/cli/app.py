@@ -1,10 +1,11 @@
 "What all commands stand on: the application, how options are declared, how an error is told."
 import os, sys
+from typing import Annotated
 
 import typer
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
     help='Train, report and use the puzzle codecs and models. Notebooks in nbs/ are the source of truth.')
 
 
@@ -16,8 +17,49 @@ class Interrupted(Exception):
     "Ctrl-C, with a word on how to go on: exit 130."
 
 
-def argument(text): return typer.Argument(help=text)
+def argument(text, complete=None): return typer.Argument(help=text, autocompletion=complete)
 def option(*names, **kwargs): return typer.Option(*names, **kwargs)
+
+
+def complete_notebooks(incomplete:str) -> list:
+    "Systems whose name begins so, for the shell."
+    from puzzle_research.core.params import root
+    return [p.stem for p in sorted((root()/'nbs').glob('[0-9]*_*.ipynb')) if p.stem.startswith(incomplete)]
+
+
+def complete_runs(incomplete:str) -> list:
+    "Runs whose id begins so, newest first, for the shell."
+    from puzzle_research.core.runs import runs_folder
+    ids = sorted((p.parent.name for p in runs_folder().glob('*/*/manifest.json')), reverse=True)
+    return [name for name in ['last', *ids] if name.startswith(incomplete)]
+
+
+def _version(asked:bool):
+    if asked:
+        from importlib.metadata import version
+        print(f"puzzle_research {version('puzzle_research')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _all(version:Annotated[bool, option('--version', callback=_version, is_eager=True,
+                                        help='Say the version.')] = False):
+    pass
+
+
+def print_table(table): # core.table.Table
+    "Drawn by rich on a terminal; plain text where a program reads it."
+    if not sys.stdout.isatty():
+        return print(table)
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+    drawn = Table(title=table.title or None, title_justify='left')
+    for i, name in enumerate(table.head):
+        drawn.add_column(name, justify='right' if i in table.right else 'left', overflow='fold')
+    for row in table.rows:
+        drawn.add_row(*map(escape, row))
+    Console().print(drawn)
 
 
 def join_params(argv:list) -> list:

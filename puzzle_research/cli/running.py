@@ -7,7 +7,7 @@ from puzzle_research.core.params import (from_text, nearest, notebook_of, notebo
                                          system_of)
 from puzzle_research.core.points import given_once
 
-from .app import Usage, app, argument, option
+from .app import Usage, app, argument, complete_notebooks, option
 
 
 def notebook_path(name) -> Path:
@@ -147,7 +147,8 @@ def _print_outcome(run_dir):
 
 @app.command()
 def run(
-    notebook:Annotated[str, argument('Notebook path, or a system name such as 01_vision_puzzle.')],
+    notebook:Annotated[str, argument('Notebook path, or a system name such as 01_vision_puzzle.',
+                                     complete_notebooks)],
     param:Annotated[list[str], option('-p', '--param', metavar='NAME VALUE',
                                        help='Set a parameter; repeatable: -p budget full -p seed 1.')] = [],
     resume:Annotated[Optional[str], option(metavar='RUN', help='Take up a run that died or was interrupted;'

@@ -1,10 +1,10 @@
-"Runs and reports: `puzzle runs`, `show`, `watch`, `publish`."
-import contextlib, os, sys, time
+"Runs and reports: `puzzle runs`, `best`, `show`, `watch`, `publish`."
+import contextlib, json, os, sys, time
 from typing import Annotated, Optional
 
 from puzzle_research.core.params import system_of
 
-from .app import app, argument, option
+from .app import app, argument, complete_notebooks, complete_runs, option, print_table
 from .running import notebook_path
 
 
@@ -18,31 +18,79 @@ def _naming(run):
         raise ValueError(f'{run.system}/{run.id}/manifest.json {why}') from e
 
 
-def _how_it_stands(run) -> str:
-    "Status, mode, seconds and error of a run; that it cannot be read, and why."
-    try:
-        with _naming(run):
-            m = run.manifest
-            mode = f"{m['recipe'] or '':6} {m['budget'] or '':6} seed {m['seed']}"
-            return f"{run.status:11} {mode} {m['seconds']:7.0f} s  {m['error'] or ''}"
-    except (ValueError, OSError) as e:
-        return f'unreadable  {e}'
+def _shown(value, width=40) -> str:
+    text = f'{value:.5g}' if isinstance(value, float) else '' if value is None else str(value)
+    return text if len(text) <= width else text[:width - 1] + '…'
+
+
+def _print_rows(rows, columns): # heading -> key of a row
+    from puzzle_research.core.table import Table
+    cells = [[_shown(row.get(key)) for key in columns.values()] for row in rows]
+    keys = columns.values()
+    numbers = [i for i, key in enumerate(keys) if any(isinstance(row.get(key), float) for row in rows)]
+    print_table(Table(list(columns), cells, right=tuple(numbers)))
+
+
+SHOWN = {name: name for name in ('system', 'run', 'status', 'recipe', 'budget', 'seed', 'seconds', 'changed')}
 
 
 @app.command()
 def runs(
-    system:Annotated[Optional[str], argument('Only this system.')] = None,
-    last:Annotated[int, option(help='How many, newest last.')] = 20,
+    system:Annotated[Optional[str], argument('Only this system.', complete_notebooks)] = None,
+    last:Annotated[int, option(help='How many, newest or greatest last.', min=1)] = 20,
+    metric:Annotated[list[str], option(metavar='NAME', help='Show a metric; repeatable.')] = [],
+    sort:Annotated[str, option(metavar='NAME', help='By a column, a metric or a parameter.')] = '',
+    recipe:Annotated[str, option(help='Only this one.')] = '',
+    budget:Annotated[str, option(help='Only this one.')] = '',
+    status:Annotated[str, option(help='Only this one: ok, failed, running, ...')] = '',
+    since:Annotated[str, option(help='A date, or a time ago such as 3h or 2d.')] = '',
+    as_json:Annotated[bool, option('--json', help='All parameters and metrics, for a program.')] = False,
 ):
-    "List runs: id, status, recipe, budget, seed, seconds, and how each ended."
-    from puzzle_research.core.runs import Run, runs_folder
-    name = system_of(notebook_path(system)) if system else '*'
-    manifests = runs_folder().glob(f'{name}/*/manifest.json')
-    folders = sorted((p.parent for p in manifests), key=lambda p: p.name)
-    if not folders:
-        print('no runs yet; start one with `puzzle run 01_vision_puzzle`')
-    for r in map(Run, folders[-last:]):
-        print(f'{r.system:20} {r.id:22} {_how_it_stands(r)}'[:160])
+    """List runs: how each stands, what was changed, what was measured.
+
+    Example: puzzle runs 05_ternary_vae --metric exact_sampled --sort exact_sampled --status ok --since 2d
+    """
+    from puzzle_research.core.frame import ordered, run_rows, select, with_metric
+    rows = run_rows(system_of(notebook_path(system)) if system else '*')
+    rows = select(rows, since, recipe=recipe, budget=budget, status=status)
+    for name in metric:
+        with_metric(rows, name)      # one that no run has is an error
+    rows = (ordered(rows, sort) if sort else rows)[-last:]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    elif rows:
+        columns = SHOWN | {name: f'metrics.{name}' for name in metric} | dict(error='error')
+        _print_rows(rows, columns)
+    else:
+        print('no such runs; start one with `puzzle run 01_vision_puzzle`')
+
+
+@app.command()
+def best(
+    system:Annotated[str, argument('Notebook or system.', complete_notebooks)],
+    metric:Annotated[str, option(metavar='NAME', help='Its direction says which way is better.')],
+    recipe:Annotated[str, option(help='Only this one.')] = '',
+    budget:Annotated[str, option(help='Only this one.')] = '',
+    most:Annotated[int, option(help='How many.', min=1)] = 5,
+    as_json:Annotated[bool, option('--json', help='All parameters and metrics, for a program.')] = False,
+):
+    """The finished runs of a system in which a metric is best, with what was changed.
+
+    Example: puzzle best 05_ternary_vae --metric gap --budget full
+    """
+    from puzzle_research.core.frame import best as best_runs
+    rows = best_runs(system_of(notebook_path(system)), metric, most, recipe=recipe, budget=budget)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    else:
+        _print_rows(rows, {metric: f'metrics.{metric}'} | SHOWN)
+
+
+def _open(name):
+    "A run by its id, the start of one, its folder, or `last`."
+    from puzzle_research.core.frame import newest
+    from puzzle_research.core.runs import Run
+    return newest() if name == 'last' else Run.open(name)
 
 
 def _print_data(d):
@@ -51,11 +99,10 @@ def _print_data(d):
 
 
 @app.command()
-def show(run:Annotated[str, argument('A run id, or the start of one.')]):
+def show(run:Annotated[str, argument('A run id, the start of one, or `last`.', complete_runs)]):
     "Show a run: how it stands, what differs from the defaults, data, events, results."
     from puzzle_research.core.report import result_table
-    from puzzle_research.core.runs import Run
-    r = Run.open(run)
+    r = _open(run)
     with _naming(r):
         _print_run(r)
     if (r.dir/'summary.json').exists():
@@ -78,7 +125,7 @@ def _print_run(r):
 
 @app.command()
 def watch(
-    run:Annotated[str, argument('A run id, the start of one, or the folder of a run.')],
+    run:Annotated[str, argument('A run id, the start of one, a folder, or `last`.', complete_runs)],
     every:Annotated[float, option(help='Seconds between two looks.', min=.2)] = 2.,
     once:Annotated[bool, option('--once', help='Show the state once and return.')] = False,
 ):
@@ -86,9 +133,8 @@ def watch(
 
     Reads the files of the run only: it may run elsewhere, started by papermill, JupyterLab or `puzzle run`.
     """
-    from puzzle_research.core.runs import Run
     from puzzle_research.core.watch import live
-    r = Run.open(run)
+    r = _open(run)
     try:
         while True:
             text = live(r)
@@ -103,7 +149,8 @@ def watch(
 
 
 @app.command()
-def publish(run:Annotated[list[str], argument('One run, or several that differ only in their seed.')]):
+def publish(run:Annotated[list[str], argument('One run, or several that differ only in their seed.',
+                                                   complete_runs)]):
     "Copy the summary, figures and report of finished runs into reports/ and figures/, and renew the board."
     from puzzle_research.core.publish import publish as publish_runs
     from puzzle_research.core.runs import Run

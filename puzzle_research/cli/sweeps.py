@@ -4,7 +4,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .app import Interrupted, Usage, app, argument, option
+from .app import Interrupted, Usage, app, argument, complete_notebooks, option
 from .running import named, notebook_path
 
 
@@ -15,7 +15,8 @@ def _as_ctrl_c(signum, frame):
 
 @app.command()
 def sweep(
-    notebook:Annotated[str, argument('Notebook path, or a system name such as 05_ternary_vae.')],
+    notebook:Annotated[str, argument('Notebook path, or a system name such as 05_ternary_vae.',
+                                     complete_notebooks)],
     param:Annotated[list[str], option('-p', '--param', metavar='NAME VALUES',
                                       help='A list (0.1,0.2) or a range (0:3) of values; repeatable.')] = [],
     jobs:Annotated[Optional[int], option(help='Runs at a time; default one, or one a GPU.')] = None,
