@@ -37,8 +37,8 @@ try:
 except SystemExit:
     pass
 '''
-COMMANDS = ['', 'run', 'sweep', 'runs', 'best', 'show', 'watch', 'publish', 'new', 'data', 'data check',
-            'doctor', 'encode', 'decode']
+COMMANDS = ['', 'run', 'sweep', 'runs', 'best', 'compare', 'show', 'watch', 'publish', 'new', 'data',
+            'data check', 'doctor', 'encode', 'decode']
 
 
 @pytest.mark.parametrize('command', COMMANDS)
@@ -60,6 +60,7 @@ def test_help_needs_nothing_heavy():
     ('run 01 -p commitment much', "'commitment' = 'much': expected float"),
     ('run 01 --resume nothere', "unknown run 'nothere'"),
     ('show nothere', 'nothere'),
+    ('compare nothere', 'nothere'),
     ('runs --sort sead', 'sead'),
     ('runs --since yesterday', 'expected a date'),
     ('best 01 --metric nothing', "unknown metric 'nothing'"),
@@ -148,3 +149,18 @@ def test_version_and_completion(typed, three_runs):
     from importlib.metadata import version
     assert typed('--version').stdout == f"puzzle_research {version('puzzle_research')}\n"
     assert complete_runs('run') == ['run2', 'run1', 'run0'] and '05_ternary_vae' in complete_notebooks('05')
+
+
+def test_compare_is_a_table_a_text_and_a_figure(three_runs, typed, tmp_path):
+    shown = typed('compare', 'run1', 'run2', '--metric', 'psnr', '--out', str(tmp_path/'out')).stdout
+    assert '33.15 ± 0.35' in shown and '| psnr | all | 2 |' in (tmp_path/'out'/'compare.md').read_text()
+    assert (tmp_path/'out'/'curves.png').read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize('words, said', [
+    ('run1', 'name at least two'),
+    ('run1 run2 --metric psnrr', "did you mean 'psnr'"),
+    ('run0', 'name at least two'),
+])
+def test_what_cannot_be_compared_is_one_line(three_runs, typed, words, said):
+    assert_one_clear_line(typed('compare', *words.split()), said, codes=(2,))

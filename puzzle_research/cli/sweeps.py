@@ -1,10 +1,12 @@
-"Many runs: `puzzle sweep`."
-import signal
+"Many runs: `puzzle sweep`, `puzzle compare`."
+import os, signal
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from .app import Interrupted, Usage, app, argument, complete_notebooks, option
+from .app import (Interrupted, Usage, app, argument, complete_notebooks, complete_runs, option,
+                  print_table)
 from .running import named, notebook_path
 
 
@@ -47,3 +49,27 @@ def _told(points):
             raise OSError(f'{point.error}; free some space, then the same command goes on')
     if not all(p.status in ('ok', 'kept') for p in points):
         raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    run:Annotated[list[str], argument('Runs, or the name of a sweep.', complete_runs)],
+    metric:Annotated[list[str], option(metavar='NAME', help='Of the summary; repeatable.')] = [],
+    curve:Annotated[str, option(metavar='NAME', help='Logged metric to draw.')] = '',
+    out:Annotated[Optional[Path], option('-o', '--out', metavar='FOLDER',
+                                         help='Write compare.md and curves.png there.')] = None,
+):
+    """What differs between runs, n, mean and spread of their metrics, and a paired test where seeds match.
+
+    Example: puzzle compare 05_ternary_vae-3fa2c1 --metric gap --out /tmp/compared
+    """
+    from puzzle_research.core import compare as c
+    for table in c.tables(run, metric):
+        print_table(table)
+        print()
+    print(*c.caveats(run), sep='\n')
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        c.curves(run, curve).savefig(out/'curves.png', dpi=110, bbox_inches='tight')
+        (out/'compare.md').write_text(f'{c.compare_text(run, metric)}\n\n![curves](curves.png)\n')
+        print(os.path.relpath(out/'compare.md'))
