@@ -236,7 +236,7 @@ def test_the_bundled_clips_are_split_by_voice_and_small():
 def test_command_line_by_ending_and_kind(tmp_path, command):
     sf.write(tmp_path/'a.wav', voice(), RATE)
     assert command('encode', tmp_path/'a.wav')[0] == 0
-    assert command('decode', tmp_path/'a.puzzle.json')[0] == 0
+    assert command('decode', tmp_path/'a.wav.puzzle.json')[0] == 0
     assert sf.info(tmp_path/'a.decoded.wav').frames == RATE
 
 

@@ -66,7 +66,7 @@ def test_help_needs_nothing_heavy():
     ('best 01 --metric nothing', "unknown metric 'nothing'"),
     ('watch nothere', 'nothere'),
     ('publish nothere', 'nothere'),
-    ('encode a.gif', "'.gif'"),
+    ('encode a.mov', "'.mov'"),
     ('data check cifar', "did you mean 'cifar10'"),
 ])
 def test_bad_usage_is_one_line_and_exit_2(typed, command, word):

@@ -215,7 +215,7 @@ def test_changed_or_missing_puzzles_are_noticed(tmp_path, prose):
     encode_file(tmp_path/'t.txt', tmp_path/'t.json')
     puzzles, meta = load_puzzles(tmp_path/'t.json')
     save_puzzles(tmp_path/'short.json', puzzles[:-1], meta)
-    with pytest.raises(ValueError, match='its meta says 1,500'):
+    with pytest.raises(ValueError, match='a digit was changed or a puzzle is missing'):
         decode_file(tmp_path/'short.json', tmp_path/'x.txt')
 
 
@@ -225,9 +225,9 @@ def test_command_line_round_trip(tmp_path, command):
     raw = 'A name 🙂 and\r\na line, naïve — as it is.\n'.encode()
     (tmp_path/'note.txt').write_bytes(raw)
     assert command('encode', tmp_path/'note.txt')[0] == 0
-    puzzles, meta = load_puzzles(tmp_path/'note.puzzle.json')
+    puzzles, meta = load_puzzles(tmp_path/'note.txt.puzzle.json')
     assert len(puzzles) == 1 and meta['kind'] == 'text'
-    assert command('decode', tmp_path/'note.puzzle.json')[0] == 0
+    assert command('decode', tmp_path/'note.txt.puzzle.json')[0] == 0
     assert (tmp_path/'note.decoded.txt').read_bytes() == raw
 
 

@@ -139,7 +139,7 @@ def assert_alike(path, other):
 def test_pictures_are_read_as_rgb(tmp_path, name, mode):
     picture(tmp_path/name, mode)
     pixels = np.asarray(Image.open(tmp_path/name).convert('RGB'))
-    assert (open_picture(tmp_path/name).permute(1, 2, 0).numpy() == pixels).all()
+    assert (open_picture(tmp_path/name)[0].permute(1, 2, 0).numpy() == pixels).all()
 
 
 def test_the_command_line_encodes_and_decodes(tmp_path):

@@ -1,5 +1,5 @@
 "What all commands stand on: the application, how options are declared, how an error is told."
-import os, sys
+import logging, os, sys
 from typing import Annotated
 
 import typer
@@ -73,6 +73,17 @@ def join_params(argv:list) -> list:
     return joined
 
 
+class _Said(logging.Handler):
+    "A warning is a line on standard error."
+    def emit(self, record): print(record.getMessage(), file=sys.stderr)
+
+
+def _say_warnings():
+    log = logging.getLogger('puzzle_research')
+    if not log.handlers:
+        log.addHandler(_Said())
+
+
 def _told(error) -> int: # exit code
     "Say an error in one line: bad usage is exit 2, a failure exit 1."
     if os.environ.get('PUZZLE_DEBUG'):
@@ -85,6 +96,7 @@ def _told(error) -> int: # exit code
 
 def main():
     "Run the command line."
+    _say_warnings()
     command, argv = typer.main.get_command(app), join_params(sys.argv[1:])
     if not argv or argv == ['data']:
         argv.append('--help')

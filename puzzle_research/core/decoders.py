@@ -10,6 +10,8 @@ import io
 from dataclasses import dataclass, field
 
 import numpy as np
+from .pictures import without_text
+from .sounds import read_channels
 from .sources import COMMANDS, PHOTOS
 
 # %% ../../nbs/core/01d_decoders.ipynb #fe5609e0
@@ -46,7 +48,7 @@ def _open_image(data): # bytes
         raise AssertionError('PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: half pictures would pass as whole '
                              'ones; set it to False')
     try:
-        return Image.open(io.BytesIO(data), formats=('PNG', 'WEBP', 'JPEG'))
+        return Image.open(io.BytesIO(without_text(data)), formats=('PNG', 'WEBP', 'JPEG'))
     except UnidentifiedImageError as e:
         raise ValueError(f'not a PNG, WebP or JPEG picture, begins with {data[:12]!r}') from e
     except Image.DecompressionBombError as e:
@@ -80,28 +82,10 @@ DECODERS['wikitext-2-v1'] = Decoder('text', decode_text, ragged=('text',))
 DECODERS['bundled_prose'] = DECODERS['wikitext-2-v1']
 
 # %% ../../nbs/core/01d_decoders.ipynb #b82c90e4
-def _check_sound_bytes(data):
-    if not data:
-        raise ValueError('no sound bytes')
-    if data[:4] not in (b'RIFF', b'RF64', b'fLaC', b'OggS'):
-        raise ValueError(f'not a WAV, FLAC or Ogg file, begins with {data[:12]!r}')
-    promised = int.from_bytes(data[4:8], 'little') + 8 if data[:4] == b'RIFF' else 0
-    if len(data) < promised < 2**31:
-        raise ValueError(f'the file has {len(data):,} bytes, its header promises {promised:,}')
-
-def read_sound(data:bytes # a whole WAV, FLAC or Ogg file
+def read_sound(data:bytes # a whole file of sound
 ) -> tuple: # float32 (n,) on [-1, 1], rate in Hz
     "One channel of sound. Raises ValueError or RuntimeError for anything but a complete recording."
-    import soundfile as sf
-    _check_sound_bytes(data)
-    with sf.SoundFile(io.BytesIO(data)) as f:
-        x, rate = f.read(dtype='float32', always_2d=True), f.samplerate
-        if len(x) != f.frames:
-            raise ValueError(f'{len(x):,} samples, its header promises {f.frames:,}')
-    if not np.isfinite(x).all():
-        raise ValueError('samples that are not finite')
-    if len(x)*16_000 < 512*rate:
-        raise ValueError(f'only {len(x)} samples at {rate} Hz; expected at least 32 ms')
+    x, rate = read_channels(data)
     return x.mean(1), rate
 
 # %% ../../nbs/core/01d_decoders.ipynb #8a625073
@@ -130,7 +114,7 @@ def decode_sound(row:dict, # audio: {bytes, path}, label
 
 def _second_at_16k(classes):
     options = dict(rate=16_000, samples=16_000, classes=classes)
-    return Decoder('sound', decode_sound, columns=('file', 'audio', 'label'), options=options)
+    return Decoder('sound', decode_sound, 2, columns=('file', 'audio', 'label'), options=options)
 
 DECODERS['speech_commands'] = _second_at_16k(36)
 DECODERS['arabic_speech_commands'] = _second_at_16k(40)

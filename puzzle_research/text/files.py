@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
 
-from ..codec.files import open_puzzles, weights_id
-from ..core.puzzle import CELLS, from_digits, save_puzzles
+from ..codec.files import content_id, open_puzzles, write_puzzles
+from ..core.puzzle import CELLS, from_digits
 from .codec import WEIGHTS, LanguagePuzzle, check_texts
 from .stream import LONGEST
 
@@ -60,15 +60,22 @@ def encode_file(path, out) -> int: # puzzles written
     "Text file to puzzle file, with the packaged weights."
     text = read_text(path)
     puzzles = LanguagePuzzle.from_pretrained().encode_long(check_texts([text])[0])
-    save_puzzles(out, puzzles, dict(kind='text', characters=len(text), weights=weights_id(WEIGHTS)))
-    return len(puzzles)
+    return write_puzzles(out, puzzles, path, WEIGHTS, kind='text', characters=len(text))
 
-def decode_file(path, out):
-    """Puzzle file to text file. Raises ValueError for a file that holds something else, and for one whose
-    digits give another number of characters than it says."""
-    puzzles, meta = open_puzzles(path, 'text', ['characters'], WEIGHTS, least=0)
-    text = ''.join(LanguagePuzzle.from_pretrained().decode(puzzles))
+def _check_text(path, content, text, meta): # bytes that were read from the digits, and as a str
     if len(text) != meta['characters']:
         raise ValueError(f"{path} gives {len(text):,} characters, its meta says {meta['characters']:,}: "
                          'puzzles are missing or changed')
-    Path(out).write_bytes(text.encode('utf-8'))
+    if 'content_sha256' in meta and meta['content_sha256'] != content_id(content):
+        raise ValueError(f'{path} gives another text than was encoded: puzzles are changed')
+
+def decode_file(path, out, # puzzle file, text file to write
+    check=True # refuse a file that was changed
+):
+    "Puzzle file to text file. Raises ValueError for a file of something else, or one that was changed."
+    puzzles, meta = open_puzzles(path, 'text', ['characters'], WEIGHTS, least=0, check=check)
+    text = ''.join(LanguagePuzzle.from_pretrained().decode(puzzles))
+    content = text.encode('utf-8')
+    if check:
+        _check_text(path, content, text, meta)
+    Path(out).write_bytes(content)
