@@ -121,7 +121,7 @@ def decode(
     module, ending = _held(file)
     out = out or _decoded_name(file, ending)
     if out.suffix and _codec(out) != module:
-        raise Usage(f'{file.name} holds a {KINDS[module][0]}, and {out.name} would be none')
+        raise Usage(f'{file.name} holds no {KINDS[_codec(out)][0]}: its meta says kind {KINDS[module][0]!r}')
     with whole_output(out, file, force, ending) as aside:
         _module(module).decode_file(file, aside, **(dict(check=False) if no_check else {}))
     _tell(out, out)
