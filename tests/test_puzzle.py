@@ -1,5 +1,5 @@
 "The puzzle, its file and the codec examination, over random input and across processes."
-import functools, json, os, subprocess, sys
+import functools, importlib, json, os, subprocess, sys
 
 import numpy as np, pytest, torch
 
@@ -200,3 +200,16 @@ def test_the_examination_leaves_the_random_state_alone():
     torch.manual_seed(5)
     P.check_codec(Net(), batch())
     assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize('module,name', [
+    ('vision', 'VisionPuzzle'), ('audio', 'AudioPuzzle'), ('language', 'LanguagePuzzle')])
+def test_a_saved_codec_comes_back_and_writes_the_same_digits(tmp_path, module, name):
+    codec = getattr(importlib.import_module(f'puzzle_research.{module}_puzzle'), name).from_pretrained()
+    items = dict(
+        vision=torch.arange(3*32*32).view(1, 3, 32, 32).remainder(251).to(torch.uint8),
+        audio=torch.linspace(-60, 0, 128*32).view(1, 128, 32), language=['The same digits.'])[module]
+    again = type(codec).from_pretrained(codec.save_pretrained(tmp_path/module))
+    assert torch.equal(again.encode(items), codec.encode(items))
+    card = (tmp_path/module/'README.md').read_text()
+    assert name in card and 'moonshot' in card

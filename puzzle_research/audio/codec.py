@@ -22,6 +22,7 @@ from ..codec.step_codec import OCTAVES, STEPS, StepCodec, log_step_of
 from ..codec.tables import Alphabet, Tables, load_tables
 from ..codec.trellis import Quantiser
 from ..core.checkpoint import load_state, save_state
+from ..core.model_hub import OnHub
 
 # %% ../../nbs/audio/06_codec.ipynb #95babbbf
 class ExactModel:
@@ -108,8 +109,9 @@ def check_mels(mels): # -> float32 (B, 128, 32)
     return mels.float().cpu().clamp(FLOOR, CEILING)
 
 # %% ../../nbs/audio/06_codec.ipynb #9ba73fbb
-class AudioPuzzle(StepCodec):
+class AudioPuzzle(OnHub, StepCodec):
     "Log-mel spectrograms (B, 128, 32) in dB to puzzles uint8 (B, 30, 30) and back, from the digits alone."
+    system, packaged = '02_audio_puzzle', weights_path('audio_puzzle')
     mel, check = staticmethod(mel), staticmethod(check_mels)
     slope = 11.                                     # bits that one index of the step is worth
     tries = ((-3, 1.2), (-1, 1.05), (0, .85))       # more attempts: index beside the searched one, factor
@@ -192,7 +194,7 @@ def polish_loss(model, batch, t):
     return mse*1e3, dict(gain=10*(error(plain)/mse).log10().detach())
 
 # %% ../../nbs/audio/06_codec.ipynb #ec5ed21b
-WEIGHTS = weights_path('audio_puzzle')
+WEIGHTS = AudioPuzzle.packaged
 
 @patch
 def save(self:AudioPuzzle, path):
@@ -219,4 +221,4 @@ def load_codec(path=None # what `AudioPuzzle.save` wrote; None: the packaged wei
     codec.tables = load_tables(s['tables'], Alphabet())
     return codec.eval()
 
-AudioPuzzle.from_pretrained = staticmethod(load_codec)
+AudioPuzzle.load = staticmethod(load_codec)

@@ -14,6 +14,7 @@ from ..codec.exact import from_integers, to_integers
 from ..codec.files import weights_path
 from ..codec.range_coder import RangeDecoder
 from ..core.checkpoint import load_state, save_state
+from ..core.model_hub import OnHub
 from ..core.puzzle import CELLS, from_digits, to_digits
 from .exact_model import ExactModel
 from .lexicon import Lexicon
@@ -39,9 +40,10 @@ def check_texts(texts) -> list: # of str
     return list(texts)
 
 # %% ../../nbs/text/09_codec.ipynb #5744aa9f
-class LanguagePuzzle(nn.Module):
+class LanguagePuzzle(OnHub, nn.Module):
     """Texts (list of str) to puzzles uint8 (B, 30, 30) and back, without loss. A text uses as many cells as
     it needs; the others are 0."""
+    system, packaged = '03_language_puzzle', weights_path('language_puzzle')
     lanes = 512 # texts at a time
     longest_raw = 147 # characters that always fit
 
@@ -124,7 +126,7 @@ def decode(self:LanguagePuzzle, puzzles, # uint8 (B, 30, 30)
     return out
 
 # %% ../../nbs/text/09_codec.ipynb #a85b7f45
-WEIGHTS = weights_path('language_puzzle')
+WEIGHTS = LanguagePuzzle.packaged
 
 @patch
 def save(self:LanguagePuzzle, path):
@@ -144,4 +146,4 @@ def load_codec(path=None) -> LanguagePuzzle: # None: the packaged weights
     from_integers(codec.model, state['weights'])
     return codec.eval()
 
-LanguagePuzzle.from_pretrained = staticmethod(load_codec)
+LanguagePuzzle.load = staticmethod(load_codec)

@@ -16,6 +16,7 @@ from ..codec.files import weights_path
 from ..codec.step_codec import BUDGET, OCTAVES, STEPS, StepCodec, log_step_of
 from ..codec.tables import Alphabet, Tables, load_tables
 from ..codec.trellis import Quantiser, trellis
+from ..core.model_hub import OnHub
 from ..core.quantize import count_parameters
 from ..core.runs import load_state, save_state
 from .context import PHASES, ContextModel, guess_step, level, relative
@@ -51,9 +52,10 @@ def check_images(images): # -> uint8 (B, 3, 32, 32)
                          'expected torch.uint8 (B, 3, 32, 32). For pictures of other sizes use encode_file')
     return images.cpu()
 
-class VisionPuzzle(StepCodec):
+class VisionPuzzle(OnHub, StepCodec):
     """Pictures uint8 (B, 3, 32, 32) to puzzles uint8 (B, 30, 30) and back: three digits name the quantiser's
     step, 897 are the stream."""
+    system, packaged = '01_vision_puzzle', weights_path('vision_puzzle')
     check, trellis, leap = staticmethod(check_images), trellis(4), STEPS
 
     def __init__(self, tradeoff:float=.06): # squared steps that a bit is worth to the encoder
@@ -119,7 +121,7 @@ def decoder_view(codec, images): # -> low, detail, scales, log2 step, float32
     return [torch.cat(p) for p in zip(*parts)]
 
 # %% ../../nbs/vision/03_codec.ipynb #d3e9325e
-WEIGHTS = weights_path('vision_puzzle')
+WEIGHTS = VisionPuzzle.packaged
 
 @patch
 def save(self:VisionPuzzle, path):
@@ -139,4 +141,4 @@ def load_codec(path=None) -> VisionPuzzle: # of the packaged weights where there
     codec.tables = load_tables(state, ALPHABET)
     return codec.eval()
 
-VisionPuzzle.from_pretrained = staticmethod(load_codec)
+VisionPuzzle.load = staticmethod(load_codec)
