@@ -37,8 +37,8 @@ try:
 except SystemExit:
     pass
 '''
-COMMANDS = ['', 'run', 'sweep', 'runs', 'best', 'compare', 'show', 'watch', 'publish', 'new', 'data',
-            'data check', 'doctor', 'encode', 'decode']
+COMMANDS = ['', 'run', 'sweep', 'runs', 'best', 'compare', 'show', 'watch', 'publish', 'reports', 'new',
+            'data', 'data check', 'doctor', 'encode', 'decode']
 
 
 @pytest.mark.parametrize('command', COMMANDS)
@@ -61,6 +61,7 @@ def test_help_needs_nothing_heavy():
     ('run 01 --resume nothere', "unknown run 'nothere'"),
     ('show nothere', 'nothere'),
     ('compare nothere', 'nothere'),
+    ('reports 09', 'unknown published report'),
     ('runs --sort sead', 'sead'),
     ('runs --since yesterday', 'expected a date'),
     ('best 01 --metric nothing', "unknown metric 'nothing'"),

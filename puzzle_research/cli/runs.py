@@ -1,6 +1,8 @@
-"Runs and reports: `puzzle runs`, `best`, `show`, `watch`, `publish`."
+"Runs and reports: `puzzle runs`, `best`, `show`, `watch`, `publish`, `reports`."
 import contextlib, json, os, sys, time
 from typing import Annotated, Optional
+
+import typer
 
 from puzzle_research.core.params import system_of
 
@@ -155,3 +157,31 @@ def publish(run:Annotated[list[str], argument('One run, or several that differ o
     from puzzle_research.core.publish import publish as publish_runs
     from puzzle_research.core.runs import Run
     print(os.path.relpath(publish_runs([Run.open(r).dir for r in run])))
+
+
+def _run_points(jobs):
+    "What runs points of a stale report on this machine, shown as a sweep."
+    from puzzle_research.core.sweeping import run_points
+    return lambda notebook, points: run_points(notebook, f'{system_of(notebook)}-report', points, jobs)
+
+
+@app.command()
+def reports(
+    system:Annotated[list[str], argument('Only these; default all.', complete_notebooks)] = [],
+    check:Annotated[bool, option('--check', help='Exit 1 where a report is stale.')] = False,
+    again:Annotated[bool, option('--run', help='Run what is stale again, and publish it.')] = False,
+    jobs:Annotated[Optional[int], option(help='Runs at a time; default one, or one a GPU.')] = None,
+):
+    """Which published reports are stale, and why: which code, parameter or data changed.
+
+    Example: puzzle reports --check
+    """
+    from puzzle_research.core.stale import brief, regenerate, stale
+    found = stale([system_of(notebook_path(name)) for name in system])
+    for name, (_, why) in found.items():
+        print(f"{name:20} {f'stale: {brief(why)}' if why else 'fresh'}")
+    old = [doc for doc, why in found.values() if why]
+    for doc in old if again else []:
+        print(os.path.relpath(regenerate(doc, _run_points(jobs))))
+    if old and check and not again:
+        raise typer.Exit(1)

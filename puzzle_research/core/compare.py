@@ -133,8 +133,10 @@ def logged(runs:list) -> dict: # metric -> split, valid before test and train
     "What the runs logged, and on which split."
     rows = [row for run in runs for row in run.metrics]
     aside = ('step', 'split', 'stage', 'epoch', 'lr')
-    pairs = [(k, split) for split in ('train', 'test', 'valid') for row in rows if row['split'] == split for k in row]
-    return {k: split for k, split in pairs if k not in aside}
+    names = {}
+    for split in ('train', 'test', 'valid'):
+        names |= {k: split for row in rows if row['split'] == split for k in row if k not in aside}
+    return names
 
 # %% ../../nbs/core/19_compare.ipynb #6b5df981
 def curves(runs, # as for `compare`

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'exported_module', 'check_values', 'clock', 'names_of', 'headline', 'stands', 'sweep_table', 'View',
-           'only_one', 'local_engine', 'run_sweep']
+           'only_one', 'local_engine', 'run_points', 'run_sweep']
 
 # %% ../../nbs/core/17a_sweeping.ipynb #ebc8144f
 import contextlib, importlib, re
@@ -127,27 +127,22 @@ def only_one(name:str):
     finally:
         lock.release()
 
-def local_engine(notebook:Path, name:str, texts:dict, jobs:int) -> Local:
+def local_engine(notebook:Path, name:str, points:list, jobs:int) -> Local:
     "The engine of this machine. A device that is fixed to the CPU leaves the GPUs out."
-    cpu = texts.get('device') == 'cpu'
+    cpu = all(p.values.get('device') == 'cpu' for p in points)
     have = [] if cpu else gpus()
     return Local(notebook, sweep_folder(name), jobs_of(jobs, have, cpu), have)
 
 # %% ../../nbs/core/17a_sweeping.ipynb #56416231
-def run_sweep(notebook:Path, texts:dict, # name of a parameter -> list or range, as typed
-    jobs:int=None, # runs at a time; None: one, or one a GPU
-    name:str='', # of the sweep; empty: one made from the system and the grid
-    make_engine=local_engine, # (notebook, name of the sweep, texts, jobs) -> engine
-    out=None # a rich Console
-) -> list: # of Point
-    "Run the grid that is typed. Raises ValueError for what cannot be, before anything starts."
-    system = system_of(notebook)
-    points = plan(system, grid(notebook_parameters(notebook), texts))
-    name = name or sweep_name(system, texts)
+def run_points(notebook:Path, name:str, # of the sweep
+    points:list, jobs:int=None, make_engine=local_engine, out=None # as of `run_sweep`
+) -> list: # the points
+    "Run points under the name of a sweep, its record and the view kept up to date."
     if any(p.status == 'waiting' for p in points):
         check_values(notebook, points)
+    system = system_of(notebook)
     with only_one(name):
-        engine = make_engine(notebook, name, texts, jobs)
+        engine = make_engine(notebook, name, points, jobs)
         with View(system, engine.jobs, out) as view:
             view.out.print(f'sweep {name}: {tally(points)}', highlight=False)
             record(name, system, points)
@@ -155,3 +150,16 @@ def run_sweep(notebook:Path, texts:dict, # name of a parameter -> list or range,
                 record(name, system, points)
                 view.lines(points)
             return sweep(points, engine, view.show, changed)
+
+# %% ../../nbs/core/17a_sweeping.ipynb #dc455168
+def run_sweep(notebook:Path, texts:dict, # name of a parameter -> list or range, as typed
+    jobs:int=None, # runs at a time; None: one, or one a GPU
+    name:str='', # of the sweep; empty: one made from the system and the grid
+    make_engine=local_engine, # (notebook, name of the sweep, points, jobs) -> engine
+    out=None # a rich Console
+) -> list: # of Point
+    "Run the grid that is typed. Raises ValueError for what cannot be, before anything starts."
+    system = system_of(notebook)
+    points = plan(system, grid(notebook_parameters(notebook), texts))
+    name = name or sweep_name(system, texts)
+    return run_points(notebook, name, points, jobs, make_engine, out)
