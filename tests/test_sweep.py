@@ -1,5 +1,4 @@
 "A sweep in processes: what is finished is kept, what was interrupted goes on, what cannot be is one line."
-import json
 import signal
 
 import pytest
@@ -11,50 +10,6 @@ from puzzle_research.core.runs import Run
 from puzzle_research.core.same import Here, Known
 from puzzle_research.core.sweep import plan, sweep_runs
 from shared import PUZZLE, assert_one_clear_line, finish, puzzle, start, wait_until
-
-CELLS = ['''
-budget:str = 'test' # of the run
-rate:float = .1 # what the run measures
-steps:int = 1 # of a tenth of a second
-seed:int = 0
-run:str = '' # to take up
-''', '''
-import json, time
-from puzzle_research.core.config import configure, parameters
-from puzzle_research.core.measure import metric
-from puzzle_research.core.runs import begin
-Config = parameters(globals(), bounds=dict(rate=(0, 1)))
-run, cfg = begin('00_tiny', configure(Config, globals()))
-''', '''
-for step in range(cfg.steps):
-    if cfg.rate == .9:
-        raise OSError(28, 'No space left on device')
-    run.log(step + 1, 'valid', stage='main', error=cfg.rate*(1 + cfg.seed)/(step + 1))
-    time.sleep(.1)
-''', '''
-error = metric(cfg.rate*(1 + cfg.seed), 'of one', 'min', 1)
-run.finish(dict(title='Tiny', claim='Small.', metrics=dict(error=error)))
-''']
-
-
-@pytest.fixture(scope='module')
-def tiny(tmp_path_factory):
-    "A notebook that is a run and nothing else."
-    cells = [dict(cell_type='code', id=f'c{i}', metadata={}, outputs=[], execution_count=None, source=text)
-             for i, text in enumerate(CELLS)]
-    cells[0]['metadata']['tags'] = ['parameters']
-    kernel = dict(display_name='python3', language='python', name='python3')
-    nb = dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)
-    path = tmp_path_factory.mktemp('nbs')/'00_tiny.ipynb'
-    path.write_text(json.dumps(nb))
-    return path
-
-
-@pytest.fixture
-def runs(tmp_path, monkeypatch):
-    monkeypatch.setenv('PUZZLE_RUNS', str(tmp_path/'runs'))
-    return tmp_path/'runs'
-
 
 def sweep(notebook, *words, name='s'):
     return puzzle('sweep', notebook, *words, '--name', name, cwd=root())

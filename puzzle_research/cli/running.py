@@ -83,12 +83,20 @@ class _Lines:
     def close(self): pass
 
 
+def _end_with_parent():
+    "A worker of a cluster that is killed must not leave a training behind: PUZZLE_END_WITH is its id."
+    parent = os.environ.get('PUZZLE_END_WITH')
+    if parent and os.getppid() != int(parent):
+        raise KeyboardInterrupt
+
+
 def _follow(run_dir, done):
     "Show the progress of a run in another process until `done()`."
     from puzzle_research.core.watch import read_progress
     progress = _Bar() if sys.stderr.isatty() else _Lines()
     while not done():
         time.sleep(.3)
+        _end_with_parent()
         now = read_progress(run_dir)
         if now:
             progress.show(now)

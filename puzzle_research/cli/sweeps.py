@@ -15,6 +15,20 @@ def _as_ctrl_c(signum, frame):
     raise KeyboardInterrupt
 
 
+def _engine(kind, scheduler):
+    "What makes the engine that is asked for."
+    from puzzle_research.core.params import nearest
+    if kind not in ('local', 'dask'):
+        raise Usage(nearest(kind, ['local', 'dask'], 'engine'))
+    if scheduler and kind == 'local':
+        raise Usage('--scheduler is for --engine dask; give both')
+    if kind == 'local':
+        from puzzle_research.core.sweeping import local_engine
+        return local_engine
+    from puzzle_research.core.cluster import cluster_engine
+    return cluster_engine(scheduler)
+
+
 @app.command()
 def sweep(
     notebook:Annotated[str, argument('Notebook path, or a system name such as 05_ternary_vae.',
@@ -23,6 +37,8 @@ def sweep(
                                       help='A list (0.1,0.2) or a range (0:3) of values; repeatable.')] = [],
     jobs:Annotated[Optional[int], option(help='Runs at a time; default one, or one a GPU.')] = None,
     name:Annotated[str, option(help='Name of the sweep; default made from the system and the grid.')] = '',
+    engine:Annotated[str, option(help='local, or dask: a pool here, or a cluster.')] = 'local',
+    scheduler:Annotated[str, option(metavar='ADDRESS', help='Of Dask, such as tcp://host:8786.')] = '',
 ):
     """Run every point of a grid. Finished points are kept, what died is taken up; Ctrl-C loses nothing.
 
@@ -32,7 +48,8 @@ def sweep(
     from puzzle_research.core.sweeping import run_sweep
     signal.signal(signal.SIGTERM, _as_ctrl_c)
     try:
-        points = run_sweep(notebook_path(notebook), given_once(named(param)), jobs, name)
+        points = run_sweep(notebook_path(notebook), given_once(named(param)), jobs, name,
+                           _engine(engine, scheduler))
     except KeyboardInterrupt:
         raise Interrupted('interrupted; the same command goes on where it stopped') from None
     _told(points)
