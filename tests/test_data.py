@@ -1,5 +1,5 @@
 "Reading, broken items, the cache, finding: what crosses processes, fills disks or is damaged."
-import errno, hashlib, json, os, subprocess, sys, time
+import errno, hashlib, json, os, subprocess, sys
 from pathlib import Path
 
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest

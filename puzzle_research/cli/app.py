@@ -108,6 +108,6 @@ def main():
         how = str(e) or how
     except Exception as e:
         code = _told(e)
-    if code == 130:
+    if code in (130, 143):                # by Ctrl-C, by SIGTERM
         print(f'puzzle: {how}', file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)

@@ -1,7 +1,9 @@
 "`puzzle run`: a notebook executed with parameters in a process of its own, and its progress shown."
-import json, os, signal, sys, time
+import contextlib, os, shutil, signal, sys, tempfile, time
 from pathlib import Path
 from typing import Annotated, Optional
+
+import typer
 
 from puzzle_research.core.params import (from_text, nearest, notebook_of, notebook_parameters, root,
                                          system_of)
@@ -42,10 +44,15 @@ def _values(path, given) -> dict: # `given`: name=value texts
 
 def _run_folder(system, values, resume) -> Path:
     "Of the run to begin, whose id the kernel takes from the environment, or of the one to take up."
+    from puzzle_research.core.locks import held
     from puzzle_research.core.runs import Run, new_id, runs_folder
     name = resume or values.get('run')
     if name:
-        values['run'] = Run.open(name).id
+        taken_up = Run.open(name)
+        values['run'] = taken_up.id
+        with held(taken_up.dir/'.lock', f'run {taken_up.id}', wait=3.):
+            for what in taken_up.altered():
+                print(f'puzzle: run {taken_up.id}: {what}', file=sys.stderr)
     run_id = values.get('run') or new_id()
     if not name:
         os.environ['PUZZLE_RUN_ID'] = run_id
@@ -103,18 +110,57 @@ def _follow(run_dir, done):
     progress.close()
 
 
-def _interrupt(run_dir):
-    "Pass Ctrl-C on to the run's kernel, which then writes how it ended."
-    try:
-        manifest = json.loads((run_dir/'manifest.json').read_text())
-        os.kill(manifest['process']['pid'], signal.SIGINT)
-    except OSError:
-        pass
+def _kernels() -> list: # of psutil.Process
+    "The kernels that this process has started."
+    import psutil
+    found = []
+    for p in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            found += [p] if any('ipykernel' in word for word in p.cmdline()) else []
+    return found
+
+
+# Seconds after the first Ctrl-C -> what the kernel is sent. It ignores a SIGINT that comes between two cells,
+# so it is asked again; a loop that trains finishes its step and writes a checkpoint before it obeys.
+ESCALATION = {0: signal.SIGINT, 1: signal.SIGINT, 2: signal.SIGINT, 4: signal.SIGINT, 6: signal.SIGINT,
+              7: signal.SIGTERM, 8.5: signal.SIGKILL}
+
+
+def _end_kernel(alive, seconds=9.5):
+    "Pass Ctrl-C on until the kernel has ended, harder and harder."
+    import psutil
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)            # this process ends soon, and truthfully
+    began, due = time.monotonic(), list(ESCALATION.items())
+    while alive() and time.monotonic() - began < seconds:
+        while due and time.monotonic() - began >= due[0][0]:
+            for kernel in _kernels():
+                with contextlib.suppress(psutil.Error):
+                    kernel.send_signal(due[0][1])
+            due.pop(0)
+        time.sleep(.1)
+
+
+def _say_interrupted(run_dir):
+    "Where the kernel could not: the run's manifest says how it ended."
+    from puzzle_research.core.runs import Run, now
+    run = Run(run_dir)
+    if (run_dir/'manifest.json').exists() and run.incomplete():
+        run.update(status='interrupted', end=now(), error='interrupted before it was complete')
+
+
+class _Stopped(KeyboardInterrupt):
+    "SIGTERM, as schedulers send it."
+
+
+def _stop(number, frame):
+    raise _Stopped
 
 
 def _execute(path, out, values, run_dir):
     "papermill in a thread, the progress in this one. Returns the notebook's error, or None."
     import threading, warnings
+    signal.signal(signal.SIGTERM, _stop)
     warnings.filterwarnings('ignore')
     import papermill
     errors = []
@@ -130,8 +176,10 @@ def _execute(path, out, values, run_dir):
     try:
         _follow(run_dir, lambda: not thread.is_alive())
     except KeyboardInterrupt:
-        _interrupt(run_dir)
-        thread.join(30)
+        _end_kernel(thread.is_alive)
+        if not thread.is_alive() and not errors:
+            return None                                  # it had come to its end
+        _say_interrupted(run_dir)
         raise
     thread.join()
     return errors[0] if errors else None
@@ -140,7 +188,18 @@ def _execute(path, out, values, run_dir):
 def _failure(error, begun) -> Exception:
     "What to raise for a notebook's error: a value that its Config refused before a run began is bad usage."
     name, text = getattr(error, 'ename', type(error).__name__), getattr(error, 'evalue', error)
+    if name == 'InUse':
+        return RuntimeError(text)
     return Usage(text) if name == 'ValueError' and not begun else RuntimeError(f'{name}: {text}')
+
+
+def _keep(executed, places):
+    "Copy the executed notebook. Where that fails, say so: the run's own error, if any, matters more."
+    for place in places:
+        try:
+            shutil.copy(executed, place)
+        except OSError as e:
+            print(f'puzzle: the executed notebook could not be copied: {e}', file=sys.stderr)
 
 
 def _print_outcome(run_dir):
@@ -170,19 +229,20 @@ def run(
     Examples: puzzle run 01_vision_puzzle | puzzle run nbs/01_vision_puzzle.ipynb -p budget full -p seed 1 |
     puzzle run 01 --resume 20260102-1430
     """
-    import shutil, tempfile
     path = notebook_path(notebook)
     values = _values(path, param)
     run_dir = _run_folder(system_of(path), values, resume)
     print(f'{system_of(path)}: run {run_dir.name}', flush=True)
     with tempfile.TemporaryDirectory() as folder:
         executed = Path(folder)/'notebook.ipynb'
-        error = _execute(path, executed, values, run_dir)
+        try:
+            error = _execute(path, executed, values, run_dir)
+        except _Stopped:
+            raise typer.Exit(143) from None
         begun = (run_dir/'manifest.json').exists()
-        if executed.exists() and begun:
-            shutil.copy(executed, run_dir/'notebook.ipynb')
-        if executed.exists() and out:
-            shutil.copy(executed, out)
+        ours = begun and getattr(error, 'ename', '') != 'InUse'
+        if executed.exists():
+            _keep(executed, [run_dir/'notebook.ipynb']*ours + [out]*bool(out))
     if error:
         raise _failure(error, begun)
     _print_outcome(run_dir)

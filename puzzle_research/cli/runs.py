@@ -123,6 +123,8 @@ def _print_run(r):
         print(f"event   {e['time']} {e['kind']}: {e['message']}")
     if m['error']:
         print(f"error   {m['error']}")
+    for what in r.altered():
+        print(f'ALTERED {what}')
 
 
 @app.command()

@@ -16,6 +16,7 @@ from .callbacks import (Best, Callback, Evaluate, Progress, Rule, WeightAverage,
                                             evaluating)
 from .checkpoint import rng_state, set_rng_state
 from .device import pick_device, pick_precision
+from .ending import heeding
 from .schedules import constant, one_cycle_linear, stages, warmup_cosine
 from .vector_quantizer import VectorQuantizer
 
@@ -208,17 +209,25 @@ def _loop(self:Trainer, steps):
         begun = self.run.manifest.get('precision', {})
         self.run.update(precision=begun | {self.name: self.precision})
     hooks = [c.after_step for c in self.callbacks if type(c).after_step is not Callback.after_step]
+    with heeding() as heed:
+        while self.step < steps and not self.stopped:
+            self._whole_step(hooks)
+            if heed.asked or time.monotonic() - self.saved > self.save_seconds:
+                self.save()
+            heed.obey()
+        self.save()
+        heed.obey()
+
+@patch
+def _whole_step(self:Trainer, hooks):
+    "A step, and what belongs to it before a checkpoint may be written."
     check_every = 1 if self.device.type == 'cpu' else self.log_every
-    while self.step < steps and not self.stopped:
-        start = time.perf_counter()
-        self.one_step()
-        self.seconds += time.perf_counter() - start
-        if self.step % check_every == 0:
-            self.check()
-        if self.step % self.log_every == 0:
-            self.log(loss=self.last_loss, lr=self.lr, **self.metrics)
-        for after_step in hooks:
-            after_step(self)
-        if time.monotonic() - self.saved > self.save_seconds:
-            self.save()
-    self.save()
+    start = time.perf_counter()
+    self.one_step()
+    self.seconds += time.perf_counter() - start
+    if self.step % check_every == 0:
+        self.check()
+    if self.step % self.log_every == 0:
+        self.log(loss=self.last_loss, lr=self.lr, **self.metrics)
+    for after_step in hooks:
+        after_step(self)

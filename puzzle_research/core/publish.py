@@ -13,6 +13,7 @@ from pathlib import Path
 from .beside import headline, references
 from .collect import collect, folders
 from .config import notebook_of, root
+from .evidence import altered
 from .lint import lint
 from .measure import BARS, show_given
 from .report import render_document
@@ -104,6 +105,7 @@ def refuse_if_wrong(dirs:list):
     "Raise Refused with all that speaks against publishing these runs."
     manifests = [read_json(d/'manifest.json') for d in dirs]
     bad = [f"run {m['run_id']} is {m['status']!r}, not 'ok'" for m in manifests if m['status'] != 'ok']
+    bad += [f"run {d.name}: {text}" for d, m in zip(dirs, manifests) for text in altered(d, m)]
     bad = bad or [str(f) for f in lint(dirs)]
     if bad:
         raise Refused(f"not published, {count(len(bad), 'finding')}:\n" + '\n'.join(f'- {b}' for b in bad))

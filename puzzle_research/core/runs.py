@@ -6,17 +6,22 @@
 __all__ = ['now', 'new_id', 'runs_folder', 'Run', 'begin']
 
 # %% ../../nbs/core/06_runs.ipynb #82f1c940
-import atexit, math, os, resource, sys, time, uuid
+import math, os, resource, sys, time, uuid
 from datetime import datetime, timezone
 from pathlib import Path
 
 from fastcore.basics import patch
 from .checkpoint import TornCheckpoint, load_state, rng_state, save_state, set_rng_state
-from .files import append_jsonl, read_json, read_jsonl, write_atomic, write_json
+from .device import pick_device
+from .ending import watch
+from .evidence import altered, checked, evidence
+from .files import append_jsonl, read_json, read_jsonl, sweep, write_atomic, write_json
+from .locks import hold, let_go
 from .measure import check_summary
 from .params import nearest, root
-from .provenance import (code_state, git_state, notebook_hash, status, this_process,
-                                             versions)
+from .provenance import (code_state, git_state, ground, moved, notebook_hash, status,
+                                             this_process, versions)
+from .seals import listen
 
 # %% ../../nbs/core/06_runs.ipynb #4f4ee70c
 def now() -> str: return datetime.now(timezone.utc).isoformat(timespec='seconds')
@@ -51,9 +56,15 @@ class Run:
 
     def update(self, **fields):
         "Change fields of the manifest."
-        write_json(self.dir/'manifest.json', self.manifest | fields)
+        write_json(self.dir/'manifest.json', checked(self.manifest | fields))
+
+    def altered(self) -> list:
+        "Sentences about what in its files is not what the run wrote, see `evidence.altered`."
+        return altered(self.dir, self.manifest)
 
 # %% ../../nbs/core/06_runs.ipynb #19cac417
+def _ground(values): return ground(pick_device(values.get('device') or 'auto'))
+
 def _manifest(run, cfg, parent):
     import torch
     values = cfg.model_dump()
@@ -62,7 +73,8 @@ def _manifest(run, cfg, parent):
         **{name: values.get(name) for name in ('recipe', 'budget', 'seed', 'device')},
         config=values, changed=cfg.changed(), data=[], determinism={},
         git=git_state(), code=code_state(run.system), versions=versions(),
-        threads=torch.get_num_threads(), process=this_process(),
+        threads=torch.get_num_threads(), ground=_ground(values), process=this_process(),
+        evidence=evidence(run.dir),
         status='running', error=None, start=now(), end=None, seconds=0., peak_memory_mb=None)
 
 @patch(cls_method=True)
@@ -76,7 +88,7 @@ def start(cls:Run,
     (run.dir/'figures').mkdir(parents=True)
     (run.dir/'checkpoints').mkdir()
     write_json(run.dir/'config.json', cfg.model_dump())
-    write_json(run.dir/'manifest.json', _manifest(run, cfg, parent))
+    write_json(run.dir/'manifest.json', checked(_manifest(run, cfg, parent)))
     return run
 
 # %% ../../nbs/core/06_runs.ipynb #3d01f3a5
@@ -185,6 +197,8 @@ def rewind(self:Run):
     whole = max((_newest(self, name)['metrics_bytes'] for name in stages), default=0)
     metrics = self.dir/'metrics.jsonl'
     if metrics.exists():
+        kept = evidence(self.dir, ['metrics.jsonl'], metrics=whole)
+        self.update(evidence=self.manifest.get('evidence', {}) | kept)   # true before the cut and after
         os.truncate(metrics, min(whole, metrics.stat().st_size))
 
 # %% ../../nbs/core/06_runs.ipynb #8aef8874
@@ -194,15 +208,17 @@ def tick(self:Run, **fields):
     manifest, time_now = self.manifest, time.time()
     unit = 2**20 if sys.platform == 'darwin' else 1024      # what getrusage counts in
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//unit
-    self.update(seconds=round(manifest['seconds'] + time_now - self.began, 1),
+    bound = manifest.get('evidence', {}) | evidence(self.dir, ['metrics.jsonl', 'summary.json'])
+    self.update(seconds=round(manifest['seconds'] + time_now - self.began, 1), evidence=bound,
                 peak_memory_mb=max(peak, manifest['peak_memory_mb'] or 0), **fields)
     self.began = time_now
 
 # %% ../../nbs/core/06_runs.ipynb #c29e65b7
 @patch
 def close(self:Run, status:str, error:str=None):
-    "Write how the run ended."
+    "Write how the run ended, and let others take it up."
     self.tick(status=status, end=now(), error=error)
+    let_go(self.dir/'.lock')
 
 @patch
 def write_summary(self:Run, summary:dict):
@@ -219,22 +235,12 @@ def finish(self:Run, summary:dict):
     self.close('ok')
 
 # %% ../../nbs/core/06_runs.ipynb #73716036
-def _watch(run):
-    "End the run's manifest truthfully when the kernel stops or a cell raises."
-    def says(*statuses): return run.dir.exists() and run.manifest['status'] in statuses
-    def stop():
-        if says('running'):
-            run.close('interrupted', 'the process ended before the run did')
-    def after_cell(result):
-        error = result.error_in_exec or result.error_before_exec
-        if error is not None and says('running'):
-            how = 'interrupted' if isinstance(error, KeyboardInterrupt) else 'failed'
-            run.close(how, f'{type(error).__name__}: {error}')
-    atexit.register(stop)
-    try:
-        get_ipython().events.register('post_run_cell', after_cell)
-    except NameError:
-        pass                         # not in a notebook
+@patch
+def incomplete(self:Run) -> bool:
+    "Is something still to be done: training, evaluation, or the report, which is written last?"
+    report, summary = self.dir/'report.md', self.dir/'summary.json'
+    reported = report.exists() and summary.exists() and report.stat().st_mtime >= summary.stat().st_mtime
+    return self.manifest['status'] == 'running' or self.manifest['status'] == 'ok' and not reported
 
 # %% ../../nbs/core/06_runs.ipynb #34ca72fd
 def _changed_code(run) -> list: # names
@@ -247,7 +253,7 @@ def _own_config(run, system, cfg):
     "The Config that a run began with. Raises ValueError where what is asked for now contradicts it."
     if run.system != system:
         raise ValueError(f'run {run.id} belongs to {run.system}, not to {system}')
-    own = type(cfg)(**run.config)
+    own = type(cfg)(**run.manifest['config'])        # config.json is a copy for people
     for name in cfg.given():
         was, asked = getattr(own, name), getattr(cfg, name)
         if name != 'run' and was != asked:
@@ -263,32 +269,53 @@ def _wait_until_stopped(run, seconds=3.): # a kernel outlives its killed parent 
         time.sleep(.1)
 
 # %% ../../nbs/core/06_runs.ipynb #42a8c5f6
-def _resume(run):
-    run.resumed = True
-    run.event('resume', f'taken up after status {run.status}')
+def _say_what_differs(run):
+    "Events for files, code and ground that are not what the run wrote and began with."
+    wrong = run.altered()
+    if wrong:
+        run.event('evidence', f"taken up though {'; '.join(wrong)}; it goes on with the values it began "
+                              'with, and cannot be published')
+        run.update(altered=wrong)
+    there = moved(run.manifest.get('ground', {}), _ground(run.manifest['config']))
+    if there:
+        run.event('ground', f"taken up with {', '.join(there)}; it need not equal an uninterrupted run")
     changed = _changed_code(run)
     if changed:
         run.event('code', f"taken up with other code than it began with: {', '.join(changed)}; "
                           'it need not equal an uninterrupted run')
+
+def _resume(run):
+    run.resumed = True
+    run.event('resume', f'taken up after status {run.status}')
+    _say_what_differs(run)
     run.rewind()
     run.update(status='running', process=this_process(), end=None, error=None)
-    _watch(run)
 
 # %% ../../nbs/core/06_runs.ipynb #8369a874
+def _attend(run):
+    "What this process does for the run from now on: sweep up, tell it what it hears, end it truthfully."
+    for folder in (run.dir, run.dir/'checkpoints', run.dir/'figures'):
+        sweep(folder)
+    listen(lambda kind, message: run.event(kind, message) if run.dir.exists() else None)
+    watch(run)
+    run.began = time.time()
+
 def begin(system:str, # the notebook's stem
     cfg # the notebook's Config; its `run` names a run to take up
 ) -> tuple: # (run, the Config to use)
-    "A new run, or the one that `cfg.run` names. Raises ValueError for a parameter that contradicts it."
-    if not getattr(cfg, 'run', ''):
-        run = Run.start(system, cfg)
-        _watch(run)
-        run.began = time.time()
-        return run, cfg
-    run = Run.open(cfg.run)
-    own = _own_config(run, system, cfg)
-    _wait_until_stopped(run)
-    run.began = time.time()
+    """A new run, or the one that `cfg.run` names. Raises ValueError for a parameter that contradicts it,
+    InUse where another process has it."""
+    new = not getattr(cfg, 'run', '')
+    run = Run.start(system, cfg) if new else Run.open(cfg.run)
+    own = cfg if new else _own_config(run, system, cfg)
+    hold(run.dir/'.lock', f'run {run.id}', wait=3.)          # a kernel outlives its killed parent by a second
+    if not new:
+        _wait_until_stopped(run)
+    _attend(run)
+    if new:
+        return run, own
     if run.finished:
+        _say_what_differs(run)
         run.update(analysis=dict(time=now(), code=code_state(system)))
     else:
         _resume(run)

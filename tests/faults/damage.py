@@ -1,4 +1,5 @@
 "What can happen to a file and to a process that writes: damage, kills, a disk that is full."
+import atexit
 import errno
 import os
 import resource
@@ -79,27 +80,31 @@ def _writes(event, args): # of `sys.addaudithook`
     return event in CHANGES
 
 
-def _in_a_fork(work, prepare) -> int: # exit status; negative: the signal that ended it
-    "Call `prepare()` and `work()` in a forked process, which ends at once after them."
+def fork(work) -> int: # number of the process
+    "Begin `work()` in a forked process, which ends at once after it: with 0, or with 1 where it raises."
     child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            os.fsync = lambda fd: None       # nobody pulls the plug
-            prepare()
-            work()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
+    if child:
+        return child
+    status = 1
+    try:
+        atexit._clear()                      # what pytest does at its end is not for this process
+        os.fsync = lambda fd: None           # nobody pulls the plug
+        work()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def ended(child) -> int: # exit status; negative: the signal that ended it
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def killed_at_write(work, n:int) -> bool: # did it die? False: it ended before the n-th change
     "Run `work()` in a process that is killed when it would change the file system for the n-th time."
-    def prepare():
+    def counted():
         left = [n]
         def count(event, args):
             if _writes(event, args):
@@ -107,7 +112,8 @@ def killed_at_write(work, n:int) -> bool: # did it die? False: it ended before t
                 if left[0] == 0:
                     os.kill(os.getpid(), signal.SIGKILL)
         sys.addaudithook(count)
-    status = _in_a_fork(work, prepare)
+        work()
+    status = ended(fork(counted))
     assert status in (0, -signal.SIGKILL), f'it failed by itself: {status}'
     return status != 0
 
@@ -126,10 +132,11 @@ def kills(work, fresh, every:int=1, most:int=500):
 
 def torn_at(work, size:int) -> int: # exit status
     "Run `work()` in a process that dies in the middle of a write, when a file would exceed `size` bytes."
-    def prepare():
+    def limited():
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    return _in_a_fork(work, prepare)
+        work()
+    return ended(fork(limited))
 
 
 class FullDisk:
