@@ -7,7 +7,7 @@ SEEDS ?= 0 1 2
 # Two processes of one thread each: threads of two processes that share two cores wait for each other
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20
 
-.PHONY: help run test test-all lab docs reports reports-render prepare lock install
+.PHONY: help run test test-all reliability lab docs reports reports-render prepare lock install
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 run: install ## train the vision codec at budget=quick; print the result table, report and figures
@@ -20,6 +20,8 @@ test: install ## everything CI runs
 	@$(TEST) || { echo 'mend with: .venv/bin/python -m pytest --lf -x'; exit 1; }
 test-all: test ## the same, and what takes minutes
 	@$(TEST) -m slow
+reliability: install ## inject every fault, also what takes minutes, and write reports/reliability.md
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -m 'slow or not slow' --reliability
 lab: install ## JupyterLab with the kernel registered
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name python3
 	$(BIN)/jupyter lab nbs

@@ -30,6 +30,7 @@ class Heed:
         if self.asked is not None:
             raise ENDINGS[self.asked](f'{signal.Signals(self.asked).name} while training')
 
+# %% ../../nbs/core/06h_ending.ipynb #a5a6721c
 @contextlib.contextmanager
 def heeding():
     "Inside the block signals only set what `Heed` was asked; one after its patience is obeyed at once."

@@ -49,6 +49,7 @@ def _changed_values(path, began): # sentences
     said = ', '.join(f'{k} is {now.get(k)!r}, was {began.get(k)!r}' for k in names[:3])
     return [f'config.json is not what the run began with: {said}'] if names else []
 
+# %% ../../nbs/core/06g_evidence.ipynb #0a527074
 def _not_as_bound(path, bound, whole): # sentences
     if not path.exists():
         return [f'{path.name} is gone']

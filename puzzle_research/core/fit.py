@@ -218,6 +218,7 @@ def _loop(self:Trainer, steps):
         self.save()
         heed.obey()
 
+# %% ../../nbs/core/04_fit.ipynb #fc2790bf
 @patch
 def _whole_step(self:Trainer, hooks):
     "A step, and what belongs to it before a checkpoint may be written."

@@ -19,6 +19,7 @@ def _holder(f):
     said = os.pread(f, 20, 0).decode(errors='replace').strip()
     return f'process {said}' if said.isdigit() else 'another process'
 
+# %% ../../nbs/core/06f_locks.ipynb #db600f16
 def hold(path:Path, # of the lock's file, made if missing
     what:str, # for the message
     wait:float=0. # s

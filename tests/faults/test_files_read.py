@@ -99,7 +99,7 @@ def test_one_bad_run_is_not_an_outage(faults, command, capsys, tmp_path, monkeyp
     monkeypatch.setattr(sys, 'argv', ['puzzle', 'runs'])
     with pytest.raises(SystemExit) as end:
         main()
-    first, second = capsys.readouterr().out.splitlines()
+    *_, first, second = capsys.readouterr().out.splitlines()
     listed = end.value.code == 0 and 'unreadable' in first and good.id in second and 'running' in second
     code, said = command('show', bad.name)
     named = code in (1, 2) and f'00_good/{bad.name}/manifest.json' in said and said.count('\n') == 1

@@ -185,14 +185,15 @@ def small_disk(tmp_path):
     "A folder on a disk of half a megabyte, where this user may mount one."
     disk = tmp_path/'disk'
     disk.mkdir()
-    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=512k', 'tmpfs', disk], capture_output=True).returncode:
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=512k', 'tmpfs', disk]
+    if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip('no disk may be mounted here')
     yield disk
     subprocess.run(['umount', '-l', disk], check=True)
 
 
 def test_a_disk_that_fills_while_training(faults, small_disk, monkeypatch):
-    "At each of several fillings: the error is that of the disk, and the run can be taken up once there is room."
+    "At several steps: the error is that of the disk, and the run can be taken up once there is room."
     monkeypatch.setenv('PUZZLE_RUNS', str(small_disk))
     monkeypatch.setattr(runs, 'git_state', lambda: dict(commit=None, dirty=None))
     folder, filler = small_disk/'00_run'/NAME, small_disk/'filler'
@@ -225,7 +226,7 @@ def test_puzzle_run_on_a_full_disk_reports_the_disk(faults, small_disk):
         r = puzzle('run', 'guides_system', *as_options(SMALL), PUZZLE_RUNS=str(small_disk))
         last = r.stderr.splitlines()[-1] if r.stderr else ''
         named = 'No space left' in last and r.returncode == 1
-        faults.count('`puzzle run`', 'on a full disk', 'refused' if named else 'lost', f'{free} free: {r.stderr}')
+        faults.count('`puzzle run`', 'full disk', 'refused' if named else 'lost', f'{free} free: {r.stderr}')
 
 
 # `puzzle run` itself
