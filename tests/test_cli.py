@@ -37,8 +37,8 @@ try:
 except SystemExit:
     pass
 '''
-COMMANDS = ['', 'run', 'sweep', 'runs', 'best', 'compare', 'show', 'watch', 'publish', 'reports', 'new',
-            'data', 'data check', 'doctor', 'encode', 'decode']
+COMMANDS = ['', 'run', 'sweep', 'search', 'runs', 'best', 'compare', 'show', 'watch', 'publish', 'reports',
+            'new', 'data', 'data check', 'doctor', 'encode', 'decode']
 
 
 @pytest.mark.parametrize('command', COMMANDS)
@@ -60,6 +60,7 @@ def test_help_needs_nothing_heavy():
     ('run 01 -p commitment much', "'commitment' = 'much': expected float"),
     ('run 01 --resume nothere', "unknown run 'nothere'"),
     ('show nothere', 'nothere'),
+    ('search 05 --space nothere.toml --metric gap', 'nothere.toml'),
     ('compare nothere', 'nothere'),
     ('reports 09', 'unknown published report'),
     ('runs --sort sead', 'sead'),

@@ -33,7 +33,7 @@ def named(given) -> list: # `given`: name=value texts
     return [(name, value) for name, _, value in pairs]
 
 
-def _values(path, given) -> dict: # `given`: name=value texts
+def values_of(path, given) -> dict: # `given`: name=value texts
     "Values of parameters, typed by the notebook's parameters cell."
     known, texts = notebook_parameters(path), given_once(named(given))
     for name in texts:
@@ -230,7 +230,7 @@ def run(
     puzzle run 01 --resume 20260102-1430
     """
     path = notebook_path(notebook)
-    values = _values(path, param)
+    values = values_of(path, param)
     run_dir = _run_folder(system_of(path), values, resume)
     print(f'{system_of(path)}: run {run_dir.name}', flush=True)
     with tempfile.TemporaryDirectory() as folder:

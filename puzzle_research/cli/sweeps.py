@@ -1,4 +1,4 @@
-"Many runs: `puzzle sweep`, `puzzle compare`."
+"Many runs: `puzzle sweep`, `puzzle search`, `puzzle compare`."
 import os, signal
 from pathlib import Path
 from typing import Annotated, Optional
@@ -7,7 +7,7 @@ import typer
 
 from .app import (Interrupted, Usage, app, argument, complete_notebooks, complete_runs, option,
                   print_table)
-from .running import named, notebook_path
+from .running import named, notebook_path, values_of
 
 
 def _as_ctrl_c(signum, frame):
@@ -66,6 +66,39 @@ def _told(points):
             raise OSError(f'{point.error}; free some space, then the same command goes on')
     if not all(p.status in ('ok', 'kept') for p in points):
         raise typer.Exit(1)
+
+
+@app.command()
+def search(
+    notebook:Annotated[str, argument('Notebook path, or a system name such as 05_ternary_vae.',
+                                     complete_notebooks)],
+    space:Annotated[Path, option(metavar='FILE', help='TOML: rate = {low = 1e-3, high = 1, log = true}')],
+    metric:Annotated[str, option(metavar='NAME', help='Of the summary, to be made best.')],
+    param:Annotated[list[str], option('-p', '--param', metavar='NAME VALUE',
+                                      help='A parameter of every run; repeatable.')] = [],
+    trials:Annotated[int, option(help='Runs in all, with those of earlier searches of the name.')] = 20,
+    jobs:Annotated[Optional[int], option(help='Runs at a time; default one, or one a GPU.')] = None,
+    direction:Annotated[str, option(help='min or max; default as earlier runs measured it.')] = '',
+    prune:Annotated[str, option(metavar='NAME', help='Logged metric that ends a trial early.')] = '',
+    name:Annotated[str, option(help='Of the search, to go on with; default made from the system.')] = '',
+):
+    """Search parameters with Optuna: every trial is a run, the worse ones end early, the journal goes on.
+
+    Example: puzzle search 05_ternary_vae --space space.toml --metric gap -p budget test --trials 30 --jobs 2
+    """
+    from puzzle_research.core.params import notebook_parameters
+    from puzzle_research.core.search import run_search, trials_frame, write_search
+    from puzzle_research.core.space import read_space
+    signal.signal(signal.SIGTERM, _as_ctrl_c)
+    path = notebook_path(notebook)
+    fixed, found = values_of(path, param), read_space(space, notebook_parameters(path))
+    try:
+        study, name = run_search(path, found, metric, fixed, trials, jobs, name, direction, prune)
+    except KeyboardInterrupt:
+        raise Interrupted('interrupted; the same command goes on where it stopped') from None
+    best_first = trials_frame(study).sort_values('value', ascending=study.direction.name == 'MINIMIZE')
+    print(best_first.head(10).to_string(index=False))
+    print(os.path.relpath(write_search(study, name, metric)))
 
 
 @app.command()

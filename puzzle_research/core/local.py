@@ -148,6 +148,14 @@ def ended(self:Local) -> list: # of Point
     return found
 
 @patch
+def interrupt(self:Local, run_id:str):
+    "Interrupt one run; `ended` will tell of it."
+    for point, process, _ in self.running.values():
+        if point.run == run_id:
+            process.send_signal(signal.SIGINT)
+
+# %% ../../nbs/core/16a_local.ipynb #0a12b2db
+@patch
 def stop(self:Local, seconds:float=60.):
     "Interrupt all, and wait until they have written how they ended; what does not end is killed."
     for _, process, _ in self.running.values():

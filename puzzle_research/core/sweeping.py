@@ -97,12 +97,14 @@ class View:
 # %% ../../nbs/core/17a_sweeping.ipynb #28262dd3
 @patch
 def show(self:View, points:list):
-    if self.live:
+    if self.live and points:
         self.live.update(sweep_table(points, self.system, self.jobs))
 
 @patch
 def lines(self:View, points:list):
     "A line for each point that has ended since the last call; `kept` ones are counted, not listed."
+    if not points:
+        return
     names = names_of(points)
     ended = [i for i, p in enumerate(points) if p.status in ENDED and p.status != 'kept']
     new = [i for i in ended if i not in self.told]
