@@ -154,11 +154,14 @@ def watch(
 
 @app.command()
 def publish(run:Annotated[list[str], argument('One run, or several that differ only in their seed.',
-                                                   complete_runs)]):
-    "Copy the summary, figures and report of finished runs into reports/ and figures/, and renew the board."
+                                                   complete_runs)],
+    force:Annotated[bool, option('--force', help='Also where the published report has a higher budget, more '
+                                                 'seeds, another recipe, or real data.')] = False,
+):
+    "Put the summary, figures and report of finished runs into reports/ and figures/, in one step."
     from puzzle_research.core.publish import publish as publish_runs
     from puzzle_research.core.runs import Run
-    print(os.path.relpath(publish_runs([Run.open(r).dir for r in run])))
+    print(os.path.relpath(publish_runs([Run.open(r).dir for r in run], force=force)))
 
 
 def _run_points(jobs):

@@ -23,11 +23,11 @@ def _holder(f):
 def hold(path:Path, # of the lock's file, made if missing
     what:str, # for the message
     wait:float=0. # s
-):
-    "Take a lock until `let_go`, or the end of this process; one that it holds is held. Raises InUse."
+) -> bool: # False: this process holds it already
+    "Take a lock until `let_go`, or the end of this process. Raises InUse."
     key = os.getpid(), str(Path(path).resolve())
     if key in _HELD:
-        return
+        return False
     f, end = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), time.monotonic() + wait
     while True:
         try:
@@ -43,6 +43,7 @@ def hold(path:Path, # of the lock's file, made if missing
     with contextlib.suppress(OSError):       # a full disk: the lock holds without a name in it
         os.ftruncate(f, 0)
         os.pwrite(f, str(os.getpid()).encode(), 0)
+    return True
 
 # %% ../../nbs/core/06f_locks.ipynb #d8d90dd3
 def let_go(path:Path):
@@ -53,8 +54,9 @@ def let_go(path:Path):
 @contextlib.contextmanager
 def held(path:Path, what:str, wait:float=0.):
     "Hold a lock inside the block."
-    hold(path, what, wait)
+    taken = hold(path, what, wait)
     try:
         yield
     finally:
-        let_go(path)
+        if taken:
+            let_go(path)

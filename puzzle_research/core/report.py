@@ -18,8 +18,8 @@ from .collect import NUMBER, collect, merge_notes
 from .config import notebook_of, root
 from .measure import BARS, OPS, check_summary, show_given
 from .runs import write_atomic
-from .table import ARROW, Table, asks, code, count, kept_together, measured_on, ours
-from .table import metric_table, place_of, result_table, seeds_of
+from .table import ARROW, Table, asks, caption, code, count, kept_together, measured_on
+from .table import metric_table, ours, place_of, plain, result_table, seeds_of
 
 # %% ../../nbs/core/11_report.ipynb #a0577042
 LEGEND = '↑ more is better, ↓ less is better.'
@@ -64,7 +64,7 @@ def bar_sentences(summary:dict) -> str:
 # %% ../../nbs/core/11_report.ipynb #fea392e9
 def cautions(doc:dict) -> list:
     "What a reader must know before quoting a number: sentences."
-    bundled = [f"{d['name']}/{d['split']}" for d in doc['data'] if d['origin'] == 'bundled']
+    bundled = [plain(f"{d['name']}/{d['split']}") for d in doc['data'] if d['origin'] == 'bundled']
     dropped = sum(len(d['dropped']) for d in doc['data'])
     alerts = sum(e['kind'] in ('alert', 'abort') for e in doc['events'])
     dirty = any(r['git'].get('dirty') for r in doc['runs'] if r['git'])
@@ -153,7 +153,7 @@ def plain_notes(notes:list, seeds:int) -> list:
 
 # %% ../../nbs/core/11_report.ipynb #aa606152
 def _dropped(items):
-    named = ', '.join(f"{d['item']} ({d['why']})" for d in items[:3])
+    named = ', '.join(plain(f"{d['item']} ({d['why']})") for d in items[:3])
     more = f' and {len(items) - 3:,} more' if len(items) > 3 else ''
     return f'{len(items):,}: {named}{more}' if items else '0'
 
@@ -162,8 +162,9 @@ def data_section(doc:dict) -> str:
     head = ['data', 'split', 'origin', 'rows', 'sha256', 'licence', 'left out']
     rows = []
     for d in doc['data']:
-        facts = [d['name'], d['split'], d['origin'], f"{d['rows']:,}", code(d['sha256'][:12])]
-        rows.append([*facts, d.get('licence') or '—', _dropped(d['dropped'])])
+        facts = [*(plain(d[k]) for k in ('name', 'split', 'origin')), f"{d['rows']:,}"]
+        facts += [code(plain(d['sha256'][:12])), plain(d.get('licence') or '—')]
+        rows.append([*facts, _dropped(d['dropped'])])
     return Table(head, rows, right=(3,)).markdown() if rows else ''
 
 # %% ../../nbs/core/11_report.ipynb #a2011b1f
@@ -179,7 +180,7 @@ def event_section(doc:dict, most:int=8) -> str:
     for kind, messages in told.items():
         for text, events in list(messages.items())[:most]:
             seeds = ', '.join(str(x) for x in dict.fromkeys(e['seed'] for e in events))
-            rows.append([time_text(events[0]['time']), seeds, kind, text])
+            rows.append([time_text(events[0]['time']), seeds, plain(kind), plain(text)])
     more = [f'{len(ms) - most:,} of kind {kind}' for kind, ms in told.items() if len(ms) > most]
     table = Table(['first at, UTC', 'seed', 'kind', 'event'], rows).markdown() if rows else ''
     return table + (f"\n\nNot shown: {', '.join(more)}." if more else '')
@@ -231,7 +232,7 @@ def figure_section(doc:dict, at) -> str:
     names = sorted(doc['figures'], key=lambda name: (name in LATE, name not in EARLY, name))
     def one(i, name):
         picture = f'![{name}]({at}{name}.png)\n\n' if at is not None else ''
-        return f"{picture}*Figure {i}. {doc['figures'][name]}*"
+        return f"{picture}*Figure {i}. {caption(doc['figures'][name])}*"
     return '\n\n'.join(one(i, name) for i, name in enumerate(names, 1))
 
 def folded(title:str, text:str) -> str:

@@ -16,7 +16,7 @@ Config = make_config(parse_parameters("recipe:str = 'best'\nbudget:str = 'test'\
 
 def bound_run(folder):
     "The example, with the digests that a run keeps."
-    run = example_run(folder)
+    run = example_run(folder/'00_toy')
     write_json(run/'manifest.json', checked(example_manifest() | dict(evidence=evidence(run))))
     return run
 
