@@ -3,6 +3,7 @@ import json
 import sys
 
 import pytest
+from filelock import FileLock
 
 import puzzle_research.core.data as data
 import puzzle_research.core.hub as hub
@@ -13,22 +14,24 @@ from shared import PUZZLE, SMALL, as_options, finish, only_run, start
 
 def pytest_collection_modifyitems(items):
     "The file that takes longest starts first, so that two processes end at about the same time."
-    items.sort(key=lambda item: item.path.name != 'test_vision.py')
+    items.sort(key=lambda item: item.path.name != 'test_experiments.py')
 
 
 @pytest.fixture(scope='session')
-def finished_run(tmp_path_factory):
+def finished_run(tmp_path_factory, worker_id):
     """`finished_run("02_audio_puzzle", seed=3)`: what `puzzle run` makes at budget=test on bundled data.
 
-    Each is trained once a session. It starts outside the project. Tests read it and never write to it."""
-    made = {}
+    Each is trained once a session, for all processes that test. It starts outside the project. Tests read it
+    and never write to it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = base if worker_id == 'master' else base.parent
     def run(system, **values):
-        key = system, *sorted(values.items())
-        if key not in made:
-            runs = tmp_path_factory.mktemp('runs')
-            finish(start([PUZZLE, 'run', system, *as_options(SMALL | values)], runs, cwd=runs))
-            made[key] = only_run(runs)
-        return made[key]
+        runs = folder/'-'.join([system, *(f'{name}={value}' for name, value in sorted(values.items()))])
+        with FileLock(f'{runs}.lock'):
+            if not runs.exists():
+                runs.mkdir()
+                finish(start([PUZZLE, 'run', system, *as_options(SMALL | values)], runs, cwd=runs))
+        return only_run(runs)
     return run
 
 

@@ -12,7 +12,7 @@ from puzzle_research.core import data as D
 from puzzle_research.core.config import root
 from puzzle_research.core.puzzle import check_codec, load_puzzles, save_puzzles
 from puzzle_research.core.quantize import count_parameters
-from shared import SMALL, assert_same_run, killed_and_resumed
+from shared import CHOSEN, SMALL, assert_same_run, killed_and_resumed
 
 SECOND = np.arange(RATE)/RATE
 
@@ -270,11 +270,21 @@ def test_training_of_several_seeds_is_one_figure():
     assert name == (0, 'training') and len(fig.axes[0].lines) == 2
 
 
-@pytest.mark.slow
-def test_killed_and_resumed_equals_never_killed(tmp_path, finished_run):
-    values = SMALL | dict(seed=3, context_steps=12)
-    whole = finished_run('02_audio_puzzle', seed=3, context_steps=12)
+VALUES = CHOSEN['02_audio_puzzle']
+
+
+@pytest.fixture
+def whole(finished_run):
+    "The run that test_experiments.py looks at."
+    return finished_run('02_audio_puzzle', **VALUES)
+
+
+def test_a_run_holds_what_it_should(whole):
     assert whole.summary['metrics']['digits']['value'] == 900
     assert any(e['kind'] == 'fallback' for e in whole.events)
-    run = killed_and_resumed('02_audio_puzzle', values, tmp_path, '"context"')
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_never_killed(tmp_path, whole):
+    run = killed_and_resumed('02_audio_puzzle', SMALL | VALUES, tmp_path, '"context"')
     assert_same_run(run, whole, ('metrics.jsonl', 'codec.safetensors'))

@@ -26,8 +26,8 @@ from puzzle_research.jepa.retrieval import retrieval, seen_target, with_views
 from puzzle_research.jepa.training import said_by_monitor, stages, trainer
 from puzzle_research.jepa.whitening import whiten
 from puzzle_research.jepa_vq import Config, build, compare, open_items
-from shared import (assert_one_clear_line, heavy_imports, only_run, puzzle, start_child, trained_together,
-                    wait_until)
+from shared import (CHOSEN, assert_one_clear_line, heavy_imports, only_run, puzzle, start_child,
+                    trained_together, wait_until)
 
 RECIPES = pytest.mark.parametrize('recipe', ['seed', 'best'])
 
@@ -370,11 +370,10 @@ def test_killed_and_resumed_equals_never_killed(tmp_path, monkeypatch, recipe):
 
 @pytest.fixture(scope='module')
 def whole(finished_run):
-    return finished_run('04_jepa_vq', quantizer='fsq', commitment=.15)
+    return finished_run('04_jepa_vq', **CHOSEN['04_jepa_vq'])
 
 
 def test_a_run_holds_what_it_should(whole):
-    assert whole.status == 'ok' and whole.config['quantizer'] == 'fsq' and whole.config['commitment'] == .15
     names = {p.name for p in whole.dir.iterdir()}
     assert names >= {'report.md', 'summary.json', 'codes.json', 'comparison.json', 'collapse.json'}
     drawn = {p.stem for p in (whole.dir/'figures').glob('*.png')}
@@ -383,6 +382,12 @@ def test_a_run_holds_what_it_should(whole):
     s = whole.summary
     assert {c['bar'] for c in s['criteria']} == {'must', 'aim', 'moonshot'}
     assert s['limits']['i_nce']['ln K'] == pytest.approx(np.log(s['metrics']['candidates']['value']))
+
+
+@pytest.mark.slow
+def test_a_run_with_another_quantizer(finished_run):
+    run = finished_run('04_jepa_vq', quantizer='fsq', commitment=.15)
+    assert run.status == 'ok' and run.config['quantizer'] == 'fsq'
 
 
 def test_words_are_json_that_a_program_search_can_read(whole):

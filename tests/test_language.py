@@ -2,6 +2,7 @@
 import numpy as np, pytest, torch
 
 from puzzle_research.codec.range_coder import RangeDecoder
+from puzzle_research.core.checkpoint import load_state, pack
 from puzzle_research.core.config import root
 from puzzle_research.core.data import load
 from puzzle_research.core.puzzle import CELLS, check_codec, load_puzzles, save_puzzles
@@ -14,7 +15,8 @@ from puzzle_research.text.stream import WINDOWED, read_head
 from puzzle_research.text.windows import joined, windows
 from puzzle_research.text.word_list import unpack
 from puzzle_research.text.word_model import learned_numbers
-from shared import PAPERMILL, SMALL, as_options, assert_same_run, finish, killed_and_resumed, only_run, start
+from shared import CHOSEN, PAPERMILL, SMALL, as_options, assert_same_run
+from shared import finish, killed_and_resumed, only_run, start
 
 SYSTEM = '03_language_puzzle'
 
@@ -173,7 +175,9 @@ def test_too_much_prose_is_named(codec, prose):
 
 def test_saved_and_read_back_it_is_the_same_codec(codec, tmp_path):
     codec.save(tmp_path/'codec.safetensors')
-    assert (tmp_path/'codec.safetensors').read_bytes() == WEIGHTS.read_bytes()
+    saved, packaged = (pack(load_state(path)) for path in (tmp_path/'codec.safetensors', WEIGHTS))
+    assert saved[0] == packaged[0]
+    assert all(torch.equal(tensor, packaged[1][name]) for name, tensor in saved[1].items())
 
 
 # files
@@ -246,19 +250,18 @@ def test_what_the_command_line_refuses(tmp_path, command):
         assert status in (1, 2) and word in said and said.count('\n') == 1, said
 
 
-VALUES = dict(seed=3, steps=30, test_windows=8)
+VALUES = CHOSEN[SYSTEM]
 
 
 @pytest.fixture
 def whole(finished_run):
-    "A run from start to end, from a folder outside the project."
+    "The run that test_experiments.py looks at."
     return finished_run(SYSTEM, **VALUES)
 
 
-@pytest.mark.slow
 def test_a_run_holds_what_it_should(whole):
     measured, codec = whole.summary['metrics'], load_codec(whole.dir/'codec.safetensors')
-    assert whole.manifest['changed']['seed'] == 3 and any(e['kind'] == 'fallback' for e in whole.events)
+    assert any(e['kind'] == 'fallback' for e in whole.events)
     assert measured['exact_windows_900']['value'] == 100
     assert {'lm_perplexity', 'codebook_perplexity'} <= measured.keys() and 'perplexity' not in measured
     assert codec.decode(codec.encode(['x'])) == ['x']

@@ -16,7 +16,7 @@ from puzzle_research.ternary import (algebra, controller, coverage, frontier, lo
 from puzzle_research.ternary.operations import FAMILIES, LN_N, N
 from puzzle_research.ternary.pathway import Pathway, measure, normal_kl
 from puzzle_research.ternary_vae import Config, vary
-from shared import SMALL, assert_same_run, killed_and_resumed
+from shared import CHOSEN, SMALL, assert_same_run, killed_and_resumed
 
 SEED = Config(recipe='seed', budget='test')
 
@@ -306,8 +306,9 @@ def test_bad_values_are_named(name, value):
 
 @pytest.mark.slow
 def test_killed_and_resumed_run_equals_never_killed(tmp_path, finished_run):
-    whole = finished_run('05_ternary_vae', seed=2)
-    run = killed_and_resumed('05_ternary_vae', SMALL | dict(seed=2), tmp_path, '"pair"')
+    values = CHOSEN['05_ternary_vae']
+    whole = finished_run('05_ternary_vae', **values)
+    run = killed_and_resumed('05_ternary_vae', SMALL | values, tmp_path, '"pair"')
     assert_same_run(run, whole)
     for name in ('code', 'pair'):
         weights = [load_state(tv.stage_path(r, name))['weights'].values() for r in (run, whole)]

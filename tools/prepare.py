@@ -71,6 +71,7 @@ def export(paths, to:Path):
 
 def readme() -> str:
     "README.md from the index notebook: code cells are left out, outputs stay, links start from here."
+    sys.modules.setdefault('rfc3987_syntax', None)  # compiles a grammar for two seconds; no notebook needs it
     import nbformat
     from nbconvert import MarkdownExporter
     exporter = MarkdownExporter(exclude_input=True)

@@ -15,6 +15,7 @@ import numpy as np
 
 from .grids import as_grid, draw_grid, stack_grids, symmetry
 from ..core.data import Dataset, Decoder, find, load
+from ..core.style import plt
 
 # %% ../../nbs/arc/01_tasks.ipynb #c005
 @dataclass(frozen=True, eq=False)
@@ -50,7 +51,6 @@ def draw_task(
     n:int=4 # pairs at the most
 ):
     "Inputs above outputs."
-    import matplotlib.pyplot as plt
     n = min(n, len(task.pairs))
     if axes is None:
         axes = plt.subplots(2, n, figsize=(1.3*n, 2.7), layout='constrained', squeeze=False)[1]

@@ -9,7 +9,7 @@ __all__ = ['PANELS', 'draw_reconstructions', 'quality_at', 'draw_plane', 'draw_b
 # %% ../../nbs/audio/08_figures.ipynb #1caa83cc
 import math
 
-import matplotlib.pyplot as plt, numpy as np, torch
+import numpy as np, torch
 from matplotlib.ticker import LogLocator
 
 from .anchors import filled, separable_pca
@@ -17,6 +17,7 @@ from .clips import db_rms, masked_mse, mean_map
 from .mel import FRAMES, HERTZ, show_mel
 from ..core.diagnose import COLORS, plot_rate_distortion, psnr
 from ..core.puzzle import CAPACITY_BITS, draw_puzzle, from_digits, to_digits
+from ..core.style import plt
 
 # %% ../../nbs/audio/08_figures.ipynb #a3b0b205
 def _axes_of_a_spectrogram(ax): # ticks in kHz and seconds

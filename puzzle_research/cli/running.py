@@ -162,13 +162,14 @@ def _execute(path, out, values, run_dir):
     import threading, warnings
     signal.signal(signal.SIGTERM, _stop)
     warnings.filterwarnings('ignore')
+    sys.modules.setdefault('rfc3987_syntax', None)  # compiles a grammar for two seconds; no notebook needs it
     import papermill
     errors = []
     def work():
         try:
             papermill.execute_notebook(
                 str(path), str(out), values, progress_bar=False, cwd=str(root()), kernel_name='python3',
-                extra_arguments=['--IPKernelApp.log_level=ERROR'])
+                extra_arguments=['--IPKernelApp.log_level=CRITICAL'])
         except Exception as e:
             errors.append(e)
     thread = threading.Thread(target=work, daemon=True)

@@ -24,7 +24,7 @@ def narrow(size, start, freq, total): # int64 each -> offset, size
     return offset, size - offset if start + freq == total else part * freq
 
 # %% ../../nbs/codec/00_range_coder.ipynb #7dab5e96
-LOW, RANGE, POS = range(3)                      # of a lane's state; a decoder has its code in the place of low
+LOW, RANGE, POS = range(3)                      # of a lane's state; a decoder has its code in place of low
 
 @numba.njit(cache=True)
 def put_symbol(state, # int64 (3,) of the lane, changed in place

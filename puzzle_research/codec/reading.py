@@ -89,13 +89,13 @@ def accuracy(model, x, labels) -> float: # %
 # %% ../../nbs/codec/13_reading.ipynb #707c2c80
 def reading_accuracy(stem, # `DigitStem` or `ImageStem`
     train, test, # (inputs, int64 labels) each
-    classes:int, seconds:float=60., steps:int=None, seed:int=0
+    classes:int, seconds:float=60., steps:int=None, batch_size:int=128, seed:int=0
 ) -> dict: # kind of stem -> % of the test items
     "Accuracy of the network with each kind of stem, after the same time."
     res = {}
     for kind in ('cell', 'block'):
         torch.manual_seed(seed)
         model = Reader(stem(kind, 64), classes)
-        learn(model, *train, seconds, steps, seed=seed)
+        learn(model, *train, seconds, steps, batch_size=batch_size, seed=seed)
         res[kind] = accuracy(model, *test)
     return res

@@ -12,6 +12,8 @@ import math
 import numpy as np, torch
 from torch import Tensor
 
+from .style import plt
+
 # %% ../../nbs/core/02a_grid.ipynb #c68f2f54
 GRID = (30, 30)
 CELLS = 30*30
@@ -101,7 +103,6 @@ def draw_puzzle(p, # one (30, 30) grid of digits
     title:str='' # text above the grid
 ):
     "Draw one puzzle in ARC's colours and return the axes."
-    import matplotlib.pyplot as plt
     ax = plt.subplots(figsize=(3, 3), dpi=100)[1] if ax is None else ax
     grid, edges = check(torch.as_tensor(p)[None])[0], np.arange(-.5, 30)
     ax.imshow(grid, cmap=arc_cmap(), vmin=0, vmax=DIGITS-1, interpolation='nearest')
@@ -118,7 +119,6 @@ def draw_puzzles(puzzles, # (B, 30, 30) digits
     key:bool=True # show which colour is which digit
 ):
     "Draw the first `n` puzzles in a row and return the figure."
-    import matplotlib.pyplot as plt
     shown = check(puzzles)[:n]
     if not len(shown):
         raise ValueError('no puzzle to draw: the batch is empty')

@@ -7,7 +7,6 @@ __all__ = ['PRESETS', 'Config', 'images', 'brightness', 'GreyPuzzle', 'build', '
            'load_codec', 'evaluate', 'draw']
 
 # %% ../../nbs/guides/02_codec.ipynb #e34f6425
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -20,6 +19,7 @@ from ..core.measure import criteria, metric
 from ..core.puzzle import check_codec, draw_puzzle
 from ..core.report import result_table, show_report
 from ..core.runs import begin
+from ..core.style import plt
 
 # %% ../../nbs/guides/02_codec.ipynb #1b809bd0
 def images(split:str, # train or test

@@ -7,7 +7,6 @@ __all__ = ['PRESETS', 'Config', 'photos', 'show', 'Narrow', 'build', 'halves', '
            'load_model', 'evaluate', 'draw']
 
 # %% ../../nbs/guides/01_system.ipynb #475edc36
-import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
@@ -17,6 +16,7 @@ from ..core.fit import Batches, Evaluate, Progress, Trainer, warmup_cosine
 from ..core.measure import criteria, metric, often
 from ..core.report import result_table, show_report
 from ..core.runs import begin
+from ..core.style import plt
 
 # %% ../../nbs/guides/01_system.ipynb #b3e24cfa
 def photos(split:str, # train or test

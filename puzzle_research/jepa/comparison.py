@@ -7,12 +7,13 @@ __all__ = ['VARIANTS', 'SAME_DATA', 'SHOWN', 'SICK', 'WELL', 'COLLAPSE', 'narrow
            'show_collapse', 'draw_collapse']
 
 # %% ../../nbs/jepa/08_comparison.ipynb #5559a36c
-import matplotlib.pyplot as plt, numpy as np
+import numpy as np
 from matplotlib.ticker import LogLocator
 
 from ..core.config import seed_everything
 from ..core.diagnose import COLORS, spectrum
 from ..core.runs import read_json, write_json
+from ..core.style import plt
 from .items import open_items
 from .retrieval import embeddings
 from .training import same_task, trainer

@@ -6,10 +6,11 @@
 __all__ = ['PANELS', 'epochs_of', 'draw_training', 'draw_gradients', 'draw_neighbours', 'draw_answers']
 
 # %% ../../nbs/jepa/13_figures.ipynb #34cf586b
-import matplotlib.pyplot as plt, numpy as np, torch.nn.functional as F
+import numpy as np, torch.nn.functional as F
 
 from ..arc.grids import cut, draw_grid
 from ..core.diagnose import COLORS, plot_gradient_norms
+from ..core.style import plt
 from .retrieval import seen_target
 
 # %% ../../nbs/jepa/13_figures.ipynb #179cbc78

@@ -8,7 +8,7 @@ __all__ = ['TILE', 'Words', 'words_of', 'draw_words', 'export_words', 'draw_voca
 # %% ../../nbs/jepa/12_words.ipynb #9b0a5195
 from dataclasses import dataclass
 
-import matplotlib.pyplot as plt, numpy as np, torch
+import numpy as np, torch
 
 from ..arc import tasks as arc
 from ..arc.grids import cut, draw_grid
@@ -17,6 +17,7 @@ from ..core.diagnose import COLORS, entropy, mutual_information
 from ..core.fit import evaluating
 from ..core.puzzle import arc_cmap
 from ..core.runs import write_json
+from ..core.style import plt
 from .items import evaluation_tasks
 
 # %% ../../nbs/jepa/12_words.ipynb #76c95667

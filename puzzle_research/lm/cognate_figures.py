@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['PAINT', 'LABEL', 'MARKS', 'TICKS', 'PARTS', 'OTHERS', 'draw_stages', 'draw_tuning', 'draw_clock', 'draw_race',
-           'watched', 'shown', 'draw_text', 'draw_tokens', 'draw_lens', 'draw_halting', 'draw_specialisations',
-           'draw_ablations']
+           'watched', 'shown', 'draw_text', 'draw_tokens', 'draw_lens', 'at_one_place', 'draw_halting',
+           'draw_specialisations', 'draw_ablations']
 
 # %% ../../nbs/lm/29_cognate_figures.ipynb #2d91a067
-import matplotlib.pyplot as plt, numpy as np, torch
+import numpy as np, torch
 from matplotlib.colors import ListedColormap
 
 from ..core.diagnose import COLORS
 from ..core.fit import evaluating
+from ..core.style import plt
 from .specialisations import AGAIN, BEHAVIOUR, behaviours, interval
 from .tuning import KNOBS
 
@@ -168,13 +169,24 @@ def draw_lens(w:dict, first:int=4, n:int=14): # what `watched` gave; tokens show
     return fig
 
 # %% ../../nbs/lm/29_cognate_figures.ipynb #d4040f5d
+def at_one_place(curve:list, share:float=.08) -> list: # of (point, its thresholds)
+    "Points of `halting_curve`; those within a share of both axes are one, or their labels would overlap."
+    points = np.array([(c['cycles'], c['bits_per_byte']) for c in curve])
+    near, places = share*np.maximum(np.ptp(points, axis=0), 1e-9), []
+    for point, c in zip(points, curve):
+        if places and (abs(point - places[-1][0]) < near).all():
+            places[-1][1].append(c['threshold'])
+        else:
+            places.append((point, [c['threshold']]))
+    return places
+
 def draw_halting(curve:list): # of `halting_curve`
     "What a cycle buys: bits per byte against mean cycles, at halting thresholds."
     fig, ax = plt.subplots(figsize=(4.6, 2.5))
     ax.plot([c['cycles'] for c in curve], [c['bits_per_byte'] for c in curve], 'o-', color=COLORS['blue'])
-    for c in curve:
-        at = c['cycles'], c['bits_per_byte']
-        ax.annotate(f"{c['threshold']:g}", at, (3, 4), textcoords='offset points', fontsize=7)
+    for point, thresholds in at_one_place(curve):
+        label = ' to '.join(f'{t:g}' for t in dict.fromkeys((thresholds[0], thresholds[-1])))
+        ax.annotate(label, point, (3, 4), textcoords='offset points', fontsize=7)
     ax.margins(.1, .15)
     ax.set(xlabel='mean cycles a token', ylabel='bits per byte')
     ax.set_title('One model at several halting thresholds')

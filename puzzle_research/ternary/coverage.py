@@ -9,9 +9,10 @@ __all__ = ['DRAWS', 'PUBLISHED_MARKS', 'ceiling', 'ceiling_sd', 'covered', 'cove
 # %% ../../nbs/ternary/03_coverage.ipynb #f022ce0b
 import math
 
-import matplotlib.pyplot as plt, numpy as np, torch
+import numpy as np, torch
 
 from ..core.diagnose import COLORS
+from ..core.style import plt
 from .operations import LN_N, N, index_of
 
 # %% ../../nbs/ternary/03_coverage.ipynb #19d650d1

@@ -7,9 +7,10 @@ __all__ = ['EVENTS', 'COMPARED', 'series', 'band', 'draw_pair_exact', 'draw_pair
            'draw_training', 'draw_comparison']
 
 # %% ../../nbs/ternary/15_curves.ipynb #991263d8
-import matplotlib.pyplot as plt, numpy as np
+import numpy as np
 
 from ..core.diagnose import COLORS
+from ..core.style import plt
 
 # %% ../../nbs/ternary/15_curves.ipynb #f5388b7b
 def series(runs, key): # list of marks, one a seed; a value's name -> (seeds, evaluations)

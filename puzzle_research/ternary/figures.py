@@ -7,9 +7,10 @@ __all__ = ['LOOK', 'PREFIX', 'values_of', 'points', 'draw_bound', 'draw_plane', 
            'draw_rows', 'draw_ablations']
 
 # %% ../../nbs/ternary/14_figures.ipynb #cfa543f8
-import matplotlib.pyplot as plt, numpy as np
+import numpy as np
 
 from ..core.diagnose import COLORS
+from ..core.style import plt
 from .coverage import DRAWS, shares
 from .operations import LN_N, N
 from .summary import trained_label, untrained_label

@@ -9,9 +9,10 @@ __all__ = ['GRID', 'LOG_ROOT', 'binary_entropy', 'fano_rate', 'one_entry', 'best
 # %% ../../nbs/ternary/04_frontier.ipynb #9575c000
 import math
 
-import matplotlib.pyplot as plt, numpy as np, torch
+import numpy as np, torch
 
 from ..core.diagnose import COLORS
+from ..core.style import plt
 from .operations import LN_N, N
 
 # %% ../../nbs/ternary/04_frontier.ipynb #e1ca51c5

@@ -6,10 +6,11 @@
 __all__ = ['TRITS', 'draw_table', 'returned', 'codes_of', 'draw_gallery', 'read_entries', 'draw_reading', 'draw_latent']
 
 # %% ../../nbs/ternary/16_gallery.ipynb #bc3c119d
-import matplotlib.pyplot as plt, torch
+import torch
 from matplotlib.colors import ListedColormap
 
 from ..core.diagnose import COLORS
+from ..core.style import plt
 from .figures import LOOK
 from .operations import N, named_operations, properties, tables
 

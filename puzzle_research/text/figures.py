@@ -11,13 +11,14 @@ __all__ = ['RIGHT', 'WRONG', 'COSTS', 'COST_RANGE', 'shown', 'write_text', 'comp
 import math
 from functools import partial
 
-import matplotlib.pyplot as plt, numpy as np, torch
+import numpy as np, torch
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..core.diagnose import COLORS
 from ..core.puzzle import CELLS, draw_puzzle, from_digits, to_digits
+from ..core.style import plt
 from .codec import cells_used
 from .measure import FREE, characters_right, digits_along
 from .published import published_reading, tokens_of

@@ -6,12 +6,13 @@
 __all__ = ['draw_reconstructions', 'draw_plane', 'draw_training', 'draw_usage', 'one_digit', 'draw_one_digit']
 
 # %% ../../nbs/vision/07_figures.ipynb #b9c78ac6
-import matplotlib.pyplot as plt, torch
+import torch
 
 from ..core.data import cache_folder
 from ..core.diagnose import fit_pca, mse_per_item, plot_rate_distortion
 from ..core.diagnose import plot_usage_over_time, psnr
 from ..core.puzzle import CAPACITY_BITS, draw_puzzle, from_digits, to_digits
+from ..core.style import plt
 
 # %% ../../nbs/vision/07_figures.ipynb #56c5cddd
 def _bare(axes):

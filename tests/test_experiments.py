@@ -1,0 +1,47 @@
+"Every experiment, run once at budget=test with `puzzle run`: what it leaves behind."
+import json
+
+import pytest
+
+from puzzle_research.core.config import root
+from puzzle_research.core.report import render
+
+from shared import CHOSEN
+
+EXPERIMENTS = sorted(path.stem for path in (root()/'nbs').glob('[0-9]*.ipynb'))
+
+
+@pytest.fixture(scope='module', params=EXPERIMENTS)
+def run(request, finished_run):
+    return finished_run(request.param, **CHOSEN.get(request.param, {}))
+
+
+def test_it_ends_well_and_holds_its_files(run):
+    assert run.status == 'ok'
+    names = {path.name for path in run.dir.iterdir()}
+    assert names >= {'manifest.json', 'config.json', 'metrics.jsonl', 'summary.json', 'report.md',
+                     'notebook.ipynb', 'log.txt', 'figures', 'checkpoints'}
+    assert run.config.items() >= CHOSEN.get(run.system, {}).items()
+
+
+def test_its_numbers_have_units_and_its_bars_are_judged(run):
+    metrics = run.summary['metrics'].values()
+    assert all(m['unit'] and m['direction'] in ('min', 'max', 'none') for m in metrics)
+    assert run.summary['criteria'] and run.summary['baselines']
+
+
+def test_its_figures_have_captions(run):
+    drawn = {path.stem for path in (run.dir/'figures').glob('*.png')}
+    captions = json.loads((run.dir/'figures'/'captions.json').read_text())
+    assert drawn and captions.keys() == drawn and all(captions.values())
+
+
+def test_its_report_is_rendered_from_its_files(run):
+    assert (run.dir/'report.md').read_text() == render(run.dir)
+
+
+def test_its_notebook_shows_no_warning(run):
+    cells = json.loads((run.dir/'notebook.ipynb').read_text())['cells']
+    outputs = [output for cell in cells for output in cell.get('outputs', [])]
+    said = ''.join(text for o in outputs if o.get('name') == 'stderr' for text in o['text'])
+    assert 'Warning' not in said, said
