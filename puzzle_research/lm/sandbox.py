@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ALLOWED', 'LOAD', 'EQUAL', 'AT_LEAST', 'RETURN', 'ALLOW', 'REFUSE', 'KILL', 'X86_64', 'NUMBER', 'ARCHITECTURE',
-           'FIRST_ARGUMENT', 'LOCK', 'RUN', 'RUNNER', 'seccomp_filter', 'SandboxUnavailable', 'run_program']
+           'FIRST_ARGUMENT', 'IMPORTS', 'WIRE', 'LOCK', 'WORKER', 'JUDGE', 'START', 'RUNNER', 'seccomp_filter',
+           'SandboxUnavailable', 'run_program']
 
 # %% ../../nbs/lm/17_sandbox.ipynb #b3d9a4d9
-import json, os, platform, secrets, selectors, signal, struct, subprocess, sys, time
+import contextlib, json, os, platform, secrets, selectors, signal, struct, subprocess, sys, time
 
 # %% ../../nbs/lm/17_sandbox.ipynb #d5210171
 ALLOWED = dict( # system calls of x86-64
@@ -25,76 +26,217 @@ X86_64, NUMBER, ARCHITECTURE, FIRST_ARGUMENT = 0xC000003E, 0, 4, 16
 
 def _op(code, if_true, if_false, value): return struct.pack('HBBI', code, if_true, if_false, value)
 
-def seccomp_filter() -> bytes:
-    """A BPF program. Another architecture or number range is killed, what is not ALLOWED is refused (EPERM),
+def seccomp_filter(allowed:dict=ALLOWED) -> bytes: # name -> number of a system call
+    """A BPF program. Another architecture or number range is killed, what is not allowed is refused (EPERM),
     and `write` goes to descriptors 1 and 2 only."""
     program = [
         _op(LOAD, 0, 0, ARCHITECTURE), _op(EQUAL, 1, 0, X86_64), _op(RETURN, 0, 0, KILL),
         _op(LOAD, 0, 0, NUMBER), _op(AT_LEAST, 0, 1, 0x40000000), _op(RETURN, 0, 0, KILL)]
-    for name, number in ALLOWED.items():
+    for name, number in allowed.items():
         if name != 'write':
             program += [_op(EQUAL, 0, 1, number), _op(RETURN, 0, 0, ALLOW)]
     program += [
-        _op(EQUAL, 1, 0, ALLOWED['write']), _op(RETURN, 0, 0, REFUSE), _op(LOAD, 0, 0, FIRST_ARGUMENT),
+        _op(EQUAL, 1, 0, allowed['write']), _op(RETURN, 0, 0, REFUSE), _op(LOAD, 0, 0, FIRST_ARGUMENT),
         _op(EQUAL, 1, 0, 1), _op(EQUAL, 0, 1, 2), _op(RETURN, 0, 0, ALLOW), _op(RETURN, 0, 0, REFUSE)]
     return b''.join(program)
 
 # %% ../../nbs/lm/17_sandbox.ipynb #9a7d7d93
-LOCK = r"""
-import ctypes, json, resource, signal, sys
+IMPORTS = r"""
+import ctypes, json, operator, os, resource, signal, sys, builtins
 import array, bisect, cmath, collections, collections.abc, copy, datetime, decimal, fractions, functools
-import heapq, itertools, math, operator, random, re, statistics, string, textwrap, time, typing
+import heapq, itertools, math, random, re, statistics, string, textwrap, time, types, typing
 datetime.datetime.strptime('2020-01-01', '%Y-%m-%d') # imports what it needs while it still can
-job = json.loads(sys.stdin.buffer.read())
-class Program(ctypes.Structure):
-    _fields_ = [('len', ctypes.c_ushort), ('filter', ctypes.c_void_p)]
-code = bytes.fromhex(job['filter'])
-buffer = ctypes.create_string_buffer(code, len(code))
-program = Program(len(code)//8, ctypes.addressof(buffer))
-limits = dict(AS=job['memory'], CPU=job['seconds'], FSIZE=0, CORE=0, NOFILE=8)
-for what, most in limits.items():
-    resource.setrlimit(getattr(resource, 'RLIMIT_' + what), (most, most))
-libc = ctypes.CDLL(None)
-if libc.prctl(1, 9, 0, 0, 0) or libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, ctypes.byref(program), 0, 0):
-    sys.stderr.write('LOCK FAILED')
-    sys.exit(99)
+sys.set_int_max_str_digits(0)
+"""
+WIRE = r"""
+def seq(v): return [put(x) for x in v]
+def items(v): return [[put(k), put(x)] for k, x in dict.items(v)]
+def pairs(x): return {get(k): get(v) for k, v in x}
+def every(x): return [get(v) for v in x]
+C, D = collections, datetime
+KINDS = { # name: (type, value -> JSON, JSON -> value); a subclass stands before its base
+    'int': (int, int, int), 'str': (str, str.__str__, str), 'float': (float, float.hex, float.fromhex),
+    'complex': (complex, lambda v: [v.real.hex(), v.imag.hex()], lambda x: complex(*map(float.fromhex, x))),
+    'bytes': (bytes, bytes.hex, bytes.fromhex), 'bytearray': (bytearray, bytearray.hex, bytearray.fromhex),
+    'Counter': (C.Counter, items, lambda x: C.Counter(pairs(x))), 'dict': (dict, items, pairs),
+    'deque': (C.deque, seq, lambda x: C.deque(every(x))), 'list': (list, seq, every),
+    'tuple': (tuple, seq, lambda x: tuple(every(x))), 'set': (set, seq, lambda x: set(every(x))),
+    'frozenset': (frozenset, seq, lambda x: frozenset(every(x))),
+    'Decimal': (decimal.Decimal, str, decimal.Decimal),
+    'Fraction': (fractions.Fraction, str, fractions.Fraction),
+    'datetime': (D.datetime, D.datetime.isoformat, D.datetime.fromisoformat),
+    'date': (D.date, D.date.isoformat, D.date.fromisoformat),
+    'time': (D.time, D.time.isoformat, D.time.fromisoformat),
+    'timedelta': (D.timedelta, lambda v: [v.days, v.seconds, v.microseconds], lambda x: D.timedelta(*x)),
+    'range': (range, lambda v: [v.start, v.stop, v.step], lambda x: range(*x)),
+}
 """
 
 # %% ../../nbs/lm/17_sandbox.ipynb #aee255d1
-RUN = r"""
-word, parts, out = job.pop('word'), job.pop('parts'), sys.stderr
-del libc, ctypes, resource, program, buffer, code, Program, job
-try:
-    space = {'__name__': 'program'}
-    for part in parts:
-        exec(compile(part, 'program', 'exec'), space)
-except BaseException as e:
-    out.write(f'{type(e).__name__}: {e}'[:300])
-    out.flush()
-    sys.exit(1)
-out.write(word)
-out.flush()
+WIRE += r"""
+MODULES = [name for name in sys.modules if not name.startswith('_')]
+def put(v):
+    if v is None or type(v) in (bool, int, str):
+        return v
+    for name, (kind, encode, _) in KINDS.items():
+        if isinstance(v, kind):
+            return [name, encode(v)]
+    if isinstance(v, types.ModuleType) and v.__name__ in MODULES:
+        return ['module', v.__name__]
+    return ['handle', keep(v)]
+
+def get(x):
+    if not isinstance(x, list):
+        return x
+    name, content = x
+    if name == 'handle':
+        return reach(content)
+    if name == 'module':
+        return sys.modules[content] if content in MODULES else None
+    return KINDS[name][2](content)
 """
-RUNNER = LOCK + RUN
 
 # %% ../../nbs/lm/17_sandbox.ipynb #1450cb2d
+LOCK = r"""
+def lock(code, memory, seconds):
+    class Program(ctypes.Structure):
+        _fields_ = [('len', ctypes.c_ushort), ('filter', ctypes.c_void_p)]
+    buffer = ctypes.create_string_buffer(code, len(code))
+    program = Program(len(code)//8, ctypes.addressof(buffer))
+    limits = dict(AS=memory, CPU=seconds, FSIZE=0, CORE=0, NOFILE=16)
+    for what, most in limits.items():
+        resource.setrlimit(getattr(resource, 'RLIMIT_' + what), (most, most))
+    libc, refused = ctypes.CDLL(None), False
+    for call in ((1, 9, 0, 0, 0), (38, 1, 0, 0, 0), (22, 2, ctypes.byref(program), 0, 0)):
+        refused = refused or libc.prctl(*call) != 0
+    if refused:
+        os.write(2, b'LOCK FAILED')
+        os._exit(99)
+"""
+
+# %% ../../nbs/lm/17_sandbox.ipynb #bb8c2b11
+WORKER = r"""
+def work(code, memory, seconds, requests, replies):
+    global keep, reach
+    null = os.open(os.devnull, os.O_RDWR)
+    for at, f in enumerate((requests, replies, null)):
+        os.dup2(f, at)
+    os.closerange(3, 256)
+    sys.stdin, sys.stdout, sys.stderr = open(os.devnull), open(os.devnull, 'w'), open(os.devnull, 'w')
+    asked, objects, space = os.fdopen(0, 'rb'), [], {'__name__': 'program'}
+    def keep(v):
+        objects.append(v)
+        return len(objects) - 1
+    reach = objects.__getitem__
+    lock(code, memory, seconds)
+    def run(source):
+        exec(compile(source, 'program', 'exec'), space)
+        return {name: v for name, v in space.items() if not name.startswith('__')}
+    def call(f, *args, **kw): return f(*args, **kw)
+    def called(module, names): return {name: getattr(module, name) for name in names.split()}
+    do = dict(run=run, call=call) | called(builtins, 'getattr setattr list next len str repr bool abs')
+    do |= called(operator, 'eq lt le gt ge getitem setitem contains add sub mul')
+    for line in asked:
+        try:
+            name, args, kw = json.loads(line)
+            reply = [True, put(do[name](*every(args), **pairs(kw)))]
+        except BaseException as e:
+            reply = [False, [type(e).__name__, str(e)[:300]]]
+        os.write(1, json.dumps(reply).encode() + b'\n')
+"""
+
+# %% ../../nbs/lm/17_sandbox.ipynb #2bdf06bd
+JUDGE = r"""
+def ask(name, *args, **kw):
+    sent = json.dumps([name, seq(args), items(kw)]).encode() + b'\n'
+    while sent:
+        sent = sent[os.write(1, sent):]
+    line = replies.readline()
+    if not line.endswith(b'\n'):
+        raise EOFError
+    well, content = json.loads(line)
+    if well:
+        return get(content)
+    kind, text = map(str, content)
+    error = getattr(builtins, kind, None)
+    if isinstance(error, type) and issubclass(error, Exception) and error is not UnicodeDecodeError:
+        raise error(text)
+    raise RuntimeError(f'{kind}: {text}')
+
+class Proxy:
+    def __init__(self, n): self.__dict__['_n'] = n
+    def __call__(self, *args, **kw): return ask('call', self, *args, **kw)
+    def __eq__(self, other): return isinstance(other, Proxy) and bool(ask('eq', self, other))
+    def __hash__(self): return hash(self._n)
+    def __iter__(self): return iter(list(ask('list', self)))
+    def __getattr__(self, name): return ask('getattr', self, name)
+    def __setattr__(self, name, v): ask('setattr', self, name, v)
+def through(name): return lambda self, *args: ask(name, self, *args)
+for name in 'next len str repr bool abs lt le gt ge getitem setitem contains add sub mul'.split():
+    setattr(Proxy, f'__{name}__', through(name))
+"""
+
+# %% ../../nbs/lm/17_sandbox.ipynb #134fe119
+JUDGE += r"""
+def keep(v):
+    if isinstance(v, Proxy):
+        return v._n
+    raise TypeError(f'a test hands the program an object of type {type(v).__name__}; expected plain data')
+reach = Proxy
+def say(text, status):
+    os.write(2, text[:300].encode(errors='replace'))
+    os._exit(status)
+try:
+    space = dict(ask('run', parts[0]), __name__='tests')
+    for part in parts[1:]:
+        exec(compile(part, 'tests', 'exec'), space)
+except EOFError:
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    killed = status in (-signal.SIGXCPU, -signal.SIGKILL)
+    say('killed: out of time or memory' if killed else f'ended with {status} before the last test', 1)
+except BaseException as e:
+    say(f'{type(e).__name__}: {e}', 1)
+say(word, 0)
+"""
+
+# %% ../../nbs/lm/17_sandbox.ipynb #3d2a90a1
+START = r"""
+memory, seconds = map(int, sys.argv[1:3])
+to_worker, from_worker = os.pipe(), os.pipe()
+child = os.fork()
+if child == 0:
+    work(bytes.fromhex(sys.argv[3]), memory, seconds, to_worker[0], from_worker[1])
+    os._exit(0)
+job = json.loads(sys.stdin.buffer.read())
+word, parts = job['word'], job['parts']
+os.dup2(to_worker[1], 1)
+for f in (*to_worker, from_worker[1]):
+    os.close(f)
+replies = os.fdopen(from_worker[0], 'rb')
+lock(bytes.fromhex(sys.argv[4]), memory, seconds)
+"""
+RUNNER = IMPORTS + WIRE + LOCK + WORKER + START + JUDGE
+
+# %% ../../nbs/lm/17_sandbox.ipynb #fa607e4f
 class SandboxUnavailable(RuntimeError):
     "Programs cannot be run safely on this machine."
 
 def run_program(
-    parts:list, # pieces of source, run one after the other in one name space
+    parts:list, # pieces of source: the program, then tests, run one after the other in one name space
     seconds:int=3, memory:int=512*2**20, # processor time; bytes of address space
     wall:float=None # seconds by the clock; None: three times as many
 ) -> tuple: # passed, why not
-    "Run Python source locked in. Raises SandboxUnavailable where that cannot be."
+    "Run a program, and tests of it in another process. Raises SandboxUnavailable where that cannot be."
     if sys.platform != 'linux' or platform.machine() != 'x86_64':
         raise SandboxUnavailable('programs are run on Linux on x86-64 only, where seccomp can lock them in; '
                                  f'this is {sys.platform} on {platform.machine()}')
     word = secrets.token_hex(16)
-    job = dict(parts=parts, seconds=seconds, memory=memory, filter=seccomp_filter().hex(), word=word)
-    p = subprocess.Popen([sys.executable, '-I', '-S', '-c', RUNNER], stdin=subprocess.PIPE, env={}, cwd='/',
-                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
-    said = _answer(p, json.dumps(job).encode(), wall or 3*seconds + 2)
+    filters = seccomp_filter().hex(), seccomp_filter(ALLOWED | dict(wait4=61)).hex()
+    p = subprocess.Popen([sys.executable, '-I', '-S', '-c', RUNNER, str(memory), str(seconds), *filters],
+                         stdin=subprocess.PIPE, env={}, cwd='/', stdout=subprocess.DEVNULL,
+                         stderr=subprocess.PIPE, start_new_session=True)
+    job = json.dumps(dict(parts=parts, word=word)).encode()
+    said = _answer(p, job, wall or 3*seconds + 2)
     if 'LOCK FAILED' in said and p.returncode == 99:
         raise SandboxUnavailable('the kernel refused the seccomp filter; programs are not run without it')
     if said == word and p.returncode == 0:
@@ -103,7 +245,7 @@ def run_program(
         return False, 'killed: out of time or memory'
     return False, said[:300].replace(word, '') or f'ended with {p.returncode} before the last test'
 
-# %% ../../nbs/lm/17_sandbox.ipynb #bb8c2b11
+# %% ../../nbs/lm/17_sandbox.ipynb #0537511e
 def _answer(p, job:bytes, wall:float) -> str: # what the process said; it has ended
     try:
         try:
@@ -113,8 +255,8 @@ def _answer(p, job:bytes, wall:float) -> str: # what the process said; it has en
             pass # it has ended already, and its answer says why
         return _listen(p, time.monotonic() + wall).decode(errors='replace')
     finally:
-        if p.poll() is None:
-            p.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(p.pid, signal.SIGKILL) # the judge, and a worker that still works
         p.wait()
         p.stderr.close()
 

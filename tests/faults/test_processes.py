@@ -241,7 +241,7 @@ def reached(folder): # stage -> is it reached?
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('delay', [0, .3, 1.1])
+@pytest.mark.parametrize('delay', [0, .7])
 @pytest.mark.parametrize('stage', reached(PUZZLE))
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_of_puzzle_run(faults, tmp_path, stage, number, delay):
@@ -261,6 +261,6 @@ def test_ctrl_c_of_puzzle_run(faults, tmp_path, stage, number, delay):
         right = said and (not (folder/'manifest.json').exists() or run.status == 'interrupted')
     faults.count('`puzzle run`', f'{number.name} when {stage}', 'right' if right and took < 12 else 'lost',
                  f'{took:.0f} s {process.returncode} {out[-500:]}')
-    if (folder/'manifest.json').exists() and run.status == 'interrupted':
+    if delay and (folder/'manifest.json').exists() and run.status == 'interrupted':
         finish(start([PUZZLE, 'run', 'guides_system', '--resume', name], tmp_path))
         assert run.status == 'ok'

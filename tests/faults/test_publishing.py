@@ -51,12 +51,13 @@ def both(tmp_path):
 
 
 def test_killed_at_every_write(faults, both):
-    "Old or new, whole, once the next command has looked; figures of one are never beside the report of another."
+    "Old or new, whole, once the next command has looked: never figures of one beside the report of another."
     new, site, before, after, fresh = both
     for n in kills(lambda: publish(new, site), fresh):
         renew_board(site)
         found = tree(site)
-        faults.count('publish', 'killed at a write', 'right' if found in (before, after) else 'lost', f'write {n}')
+        outcome = 'right' if found in (before, after) else 'lost'
+        faults.count('publish', 'killed at a write', outcome, f'write {n}')
 
 
 def test_a_full_disk_at_every_write(faults, both):
@@ -90,7 +91,7 @@ def test_worse_is_published_on_purpose_only(faults, tmp_path, caplog, what):
     site, worse = tmp_path/'site', made(tmp_path/'worse', **WORSE[what])
     publish(made(tmp_path/'good', seeds=3), site)
     before = tree(site)
-    with pytest.raises(Refused, match=r'it would replace the report of 00_toy by one of .* instead of .*--force'):
+    with pytest.raises(Refused, match=r'would replace the report of 00_toy by one of .* instead of .*--force'):
         publish(worse, site)
     kept = tree(site) == before
     publish(worse, site, force=True)
@@ -116,7 +117,8 @@ def test_a_name_that_is_a_path_or_markup_is_refused(faults, tmp_path, name):
         with pytest.raises((Refused, ValueError), match='letters, digits|calls the system'):
             publish(runs, site)
         left = {k: v for k, v in tree(tmp_path).items() if not k.startswith('runs')}
-        faults.count('publish', f'a {what} named as a path or as markup', 'refused' if left == outside else 'lost')
+        outcome = 'refused' if left == outside else 'lost'
+        faults.count('publish', f'a {what} named as a path or as markup', outcome)
 
 
 MARKUP = '<img src=x onerror=alert(1)>[a](http://b) ![p](q)\n# h | *b*'
