@@ -17,7 +17,7 @@ def texts():
 '''
 CHEATS = {
     'the word in __main__': 'import __main__\nimport os\nos.write(2, __main__.word.encode())\nos._exit(0)',
-    'the word in the job': 'import __main__\nimport os\nos.write(2, __main__.job["word"].encode())\nos._exit(0)',
+    'the word in the job': 'import __main__, os\nos.write(2, __main__.job["word"].encode())\nos._exit(0)',
     'any hex text in memory': LOOK + '''
 import os, re
 for s in texts():
