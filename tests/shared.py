@@ -1,5 +1,5 @@
 "What several test files need: commands as a user types them, runs in processes of their own, a killed run."
-import importlib.util, io, multiprocessing, os, signal, socket, subprocess, sys, time
+import importlib.util, io, json, multiprocessing, os, signal, socket, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, torch
@@ -180,3 +180,23 @@ def with_another_token(t, at): # (B, T)
     changed = t.clone()
     changed[:, at] = (changed[:, at] + 1) % 40
     return changed
+
+
+def wandb_rows(folder):
+    "What the offline file of wandb holds: a LevelDB log of protocol buffers behind a head of 7 bytes."
+    from wandb.proto import wandb_internal_pb2
+    file, = folder.glob('wandb/offline-run-*/*.wandb')
+    data, at, whole, rows = file.read_bytes(), 7, b'', []
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        size, kind = int.from_bytes(data[at + 4:at + 6], 'little'), data[at + 6]
+        whole, at = whole + data[at + 7:at + 7 + size], at + 7 + size
+        if kind not in (1, 4):                      # a record in several parts, and not the last of them
+            continue
+        record, whole = wandb_internal_pb2.Record.FromString(whole), b''
+        if record.HasField('history'):
+            items = record.history.item
+            rows.append({i.key or '.'.join(i.nested_key): json.loads(i.value_json) for i in items})
+    return rows

@@ -42,6 +42,13 @@ def values_of(path, given) -> dict: # `given`: name=value texts
     return {name: from_text(known[name], text) for name, text in texts.items()}
 
 
+def tell(names):
+    "Have this process and those below it tell trackers what they log."
+    from puzzle_research.core.trackers import asked_for
+    if names:
+        os.environ['PUZZLE_TRACK'] = ','.join(asked_for(names))
+
+
 def _run_folder(system, values, resume) -> Path:
     "Of the run to begin, whose id the kernel takes from the environment, or of the one to take up."
     from puzzle_research.core.locks import held
@@ -222,6 +229,7 @@ def run(
     resume:Annotated[Optional[str], option(metavar='RUN', help='Take up a run that died or was interrupted;'
                                                                 ' a finished one is analysed again.')] = None,
     out:Annotated[Optional[Path], option(metavar='FILE', help='Executed notebook to write.')] = None,
+    track:Annotated[str, option(metavar='NAMES', help='Tell tensorboard, wandb or trackio, too.')] = '',
 ):
     """Execute a notebook with parameters: train, diagnose, report.
 
@@ -231,6 +239,7 @@ def run(
     puzzle run 01 --resume 20260102-1430
     """
     path = notebook_path(notebook)
+    tell(track)
     values = values_of(path, param)
     run_dir = _run_folder(system_of(path), values, resume)
     print(f'{system_of(path)}: run {run_dir.name}', flush=True)

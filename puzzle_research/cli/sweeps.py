@@ -7,7 +7,7 @@ import typer
 
 from .app import (Interrupted, Usage, app, argument, complete_notebooks, complete_runs, option,
                   print_table)
-from .running import named, notebook_path, values_of
+from .running import named, notebook_path, tell, values_of
 
 
 def _as_ctrl_c(signum, frame):
@@ -39,6 +39,7 @@ def sweep(
     name:Annotated[str, option(help='Name of the sweep; default made from the system and the grid.')] = '',
     engine:Annotated[str, option(help='local, or dask: a pool here, or a cluster.')] = 'local',
     scheduler:Annotated[str, option(metavar='ADDRESS', help='Of Dask, such as tcp://host:8786.')] = '',
+    track:Annotated[str, option(metavar='NAMES', help='As of `puzzle run`; local engine.')] = '',
 ):
     """Run every point of a grid. Finished points are kept, what died is taken up; Ctrl-C loses nothing.
 
@@ -47,6 +48,7 @@ def sweep(
     from puzzle_research.core.points import given_once
     from puzzle_research.core.sweeping import run_sweep
     signal.signal(signal.SIGTERM, _as_ctrl_c)
+    tell(track)
     try:
         points = run_sweep(notebook_path(notebook), given_once(named(param)), jobs, name,
                            _engine(engine, scheduler))

@@ -15,18 +15,19 @@ from .device import pick_device
 from .ending import watch
 from .evidence import altered, checked, evidence
 from .files import append_jsonl, read_json, read_jsonl, sweep, write_atomic, write_json
-from .locks import hold, let_go
+from .locks import hold, let_go, wait_until_stopped
 from .measure import check_summary
 from .params import nearest, root
 from .provenance import (changed_code, code_state, git_state, ground, moved, new_id,
                                              notebook_hash, now, runs_folder, status, this_process, versions)
 from .seals import listen
+from .trackers import open_trackers
 
 # %% ../../nbs/core/06_runs.ipynb #939d55fa
 class Run:
     "A run's folder. `Run.start` makes one, `Run.open` finds one; see `begin` for what a notebook calls."
     def __init__(self, dir:Path):
-        self.dir, self.resumed, self.began = Path(dir), False, time.time()
+        self.dir, self.resumed, self.began, self.trackers = Path(dir), False, time.time(), []
 
     def __repr__(self): return f'Run({self.system}/{self.id}, {self.status})'
     def _json(self, name): return read_json(self.dir/name)
@@ -101,8 +102,10 @@ def _plain(values): # NaN and infinity as text
 
 @patch
 def log(self:Run, step:int, split:str='train', **values): # plain numbers
-    "Add a line to metrics.jsonl."
+    "Add a line to metrics.jsonl, and tell the trackers."
     append_jsonl(self.dir/'metrics.jsonl', dict(step=step, split=split) | _plain(values))
+    for tracker in self.trackers:
+        tracker.log(step, split, values)
 
 @patch
 def event(self:Run, kind:str, message:str, **data):
@@ -205,6 +208,8 @@ def tick(self:Run, **fields):
 def close(self:Run, status:str, error:str=None):
     "Write how the run ended, and let others take it up."
     self.tick(status=status, end=now(), error=error)
+    for tracker in self.trackers:
+        tracker.finish()
     let_go(self.dir/'.lock')
 
 @patch
@@ -242,12 +247,7 @@ def _own_config(run, system, cfg):
                              'leave it out to take the run up, or start a new run')
     return own
 
-def _wait_until_stopped(run, seconds=3.): # a kernel outlives its killed parent by a second
-    end = time.time() + seconds
-    while run.status == 'running':
-        if time.time() > end:
-            raise ValueError(f'run {run.id} is still running; stop it first, or start a new run')
-        time.sleep(.1)
+
 
 # %% ../../nbs/core/06_runs.ipynb #42a8c5f6
 def _say_what_differs(run):
@@ -279,6 +279,7 @@ def _attend(run):
         sweep(folder)
     listen(lambda kind, message: run.event(kind, message) if run.dir.exists() else None)
     watch(run)
+    run.trackers = [] if run.finished else open_trackers(run)
     run.began = time.time()
 
 # %% ../../nbs/core/06_runs.ipynb #c078b1bf
@@ -292,7 +293,7 @@ def begin(system:str, # the notebook's stem
     own = cfg if new else _own_config(run, system, cfg)
     hold(run.dir/'.lock', f'run {run.id}', wait=3.)          # a kernel outlives its killed parent by a second
     if not new:
-        _wait_until_stopped(run)
+        wait_until_stopped(run)
     _attend(run)
     if new:
         return run, own

@@ -11,6 +11,7 @@ import ast, hashlib, json
 from functools import cached_property
 from pathlib import Path
 
+from .evidence import altered
 from .fingerprint import cache_folder, sha256
 from .params import notebook_of, root
 from .provenance import code_state, notebook_hash, versions
@@ -132,10 +133,12 @@ class Known:
         return self.index[names]
 
     def of(self, values:dict) -> list: # of Run, newest first
-        "Runs of these parameters, all others at their defaults, on the code, versions and data of now."
+        """Runs of these parameters, all others at their defaults, on the code, versions and data of now.
+        A run whose files were changed afterwards is none."""
         names = tuple(sorted(values))
         some = self._indexed(names).get(tuple(values[name] for name in names), [])
-        return [run for run, manifest in some if not changes(manifest, self.here)]
+        same = [(run, manifest) for run, manifest in some if not changes(manifest, self.here)]
+        return [run for run, manifest in same if not ('evidence' in manifest and altered(run.dir, manifest))]
 
 # %% ../../nbs/core/15_same.ipynb #caa4d3f2
 def _imports(source:str, module:str) -> set: # names that may be modules of this package

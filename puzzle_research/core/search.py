@@ -39,8 +39,8 @@ def which_way(system:str, metric:str, given:str='') -> str: # minimize or maximi
 
 # %% ../../nbs/core/23_search.ipynb #3ec321dd
 def open_study(name:str, way:str, seed:int=None): # an optuna.Study
-    """The study of a name, new or as it was left. A seed repeats the draws of a new study; one that goes on must
-    not draw the same points again. Raises ImportError where optuna is not installed."""
+    """The study of a name, new or as it was left. A seed repeats the draws of a new study; one that goes on
+    must not draw the same points again. Raises ImportError where optuna is not installed."""
     try:
         import optuna
     except ImportError:

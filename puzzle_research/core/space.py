@@ -54,9 +54,9 @@ def distribution(param:Param, table:dict): # of optuna.distributions
 
 # %% ../../nbs/core/22_space.ipynb #5ed834c0
 def read_space(path:Path, params:dict) -> dict: # name -> distribution
-    "The space that a TOML file describes. Raises ValueError naming the parameter, or the file that is not there."
+    "The space that a TOML file describes. Raises ValueError naming the parameter, or the missing file."
     if not Path(path).is_file():
-        raise ValueError(f'{path}: no such file; expected TOML such as rate = {{low = 1e-3, high = 1, log = true}}')
+        raise ValueError(f'{path}: no such file; expected TOML such as rate = {{low = 0.1, high = 1}}')
     try:
         tables = tomllib.loads(Path(path).read_text())
     except tomllib.TOMLDecodeError as e:

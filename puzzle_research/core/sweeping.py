@@ -7,13 +7,14 @@ __all__ = ['ORDER', 'exported_module', 'check_values', 'clock', 'names_of', 'hea
            'only_one', 'local_engine', 'run_points', 'run_sweep']
 
 # %% ../../nbs/core/17a_sweeping.ipynb #ebc8144f
-import contextlib, importlib, re
+import importlib, re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastcore.basics import patch
 
 from .local import Local, Point, gpus, jobs_of
+from .locks import held
 from .params import notebook_of, notebook_parameters, system_of
 from .points import grid, label, varied
 from .runs import runs_folder
@@ -114,20 +115,10 @@ def lines(self:View, points:list):
         self.out.print(text.rstrip(), highlight=False, markup=False, soft_wrap=True)
 
 # %% ../../nbs/core/17a_sweeping.ipynb #3e2f5724
-@contextlib.contextmanager
-def only_one(name:str):
-    "Hold a sweep's lock. Raises ValueError where another process holds it."
-    from filelock import FileLock, Timeout
+def only_one(name:str): # a context manager
+    "Hold a sweep's lock. Raises InUse where another process holds it."
     sweep_folder(name).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(sweep_folder(name)/'.lock')
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f'sweep {name!r} is at work in another process; wait for it, or stop it') from None
-    try:
-        yield
-    finally:
-        lock.release()
+    return held(sweep_folder(name)/'.lock', f'sweep {name}')
 
 def local_engine(notebook:Path, name:str, points:list, jobs:int) -> Local:
     "The engine of this machine. A device that is fixed to the CPU leaves the GPUs out."

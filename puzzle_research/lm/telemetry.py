@@ -15,6 +15,7 @@ from torch import Tensor
 from ..core.fit import Callback, evaluating
 from ..core.quantize import count_parameters
 from ..core.runs import read_jsonl, write_atomic
+from ..core.trackers import Wandb
 from .held_out import KINDS
 from .recursion import halting_cycle
 from .training import save_weights
@@ -91,15 +92,8 @@ def open_tracker(cfg, run) -> tuple: # function of a row, function that ends it
     "Raises ImportError saying what to install where wandb is asked for and is not there."
     if cfg.tracker == 'none' or run is None:
         return lambda row: None, lambda: None
-    try:
-        import wandb
-    except ImportError:
-        raise ImportError("tracker 'wandb' needs the package: pip install wandb (or leave the tracker out: "
-                          'telemetry.jsonl holds the same rows)') from None
-    quiet = wandb.Settings(silent=True, console='off', x_disable_stats=True)
-    w = wandb.init(project='cognate', name=run.id, id=run.id, dir=str(run.dir), mode='offline',
-                   config=cfg.model_dump(), settings=quiet)
-    return lambda row: w.log(row), w.finish
+    tracker = Wandb(run)
+    return tracker.send, tracker.finish
 
 # %% ../../nbs/lm/24_telemetry.ipynb #3041cd81
 class Meter(Callback):
