@@ -357,3 +357,46 @@ def test_two_processes_equal_one_with_both_batches(kind, tmp_path):
     codes = [k for k in one[0] if k.endswith('codes')]
     jumps = [(b[k] - a[k]).norm(dim=1).gt(1).sum().item() for a, b in zip(one, one[1:]) for k in codes]
     assert sum(jumps) > 3, 'the run has no restarts: it does not test them'
+
+
+# numbers that are none, and sizes that are none
+
+KINDS_OF_CODES = [kind for kind in KINDS if kind != 'none']
+
+
+@pytest.mark.parametrize('kind', KINDS_OF_CODES)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.half, torch.double])
+def test_a_model_of_another_precision_keeps_its_quantiser_in_float32(kind, dtype):
+    torch.manual_seed(0)
+    q = make_quantizer(kind, 8, 64).eval()
+    z = torch.randn(20, 8).to(dtype)
+    want, got = q(z.float()), q.to(dtype)(z)
+    assert torch.equal(got.indices, want.indices) and got.z_q.dtype == dtype
+    assert torch.equal(got.z_q, want.z_q.to(dtype)) and torch.equal(q.decode(got.indices), want.z_q)
+    assert all(p.dtype == torch.float32 for p in q.parameters())
+
+
+@pytest.mark.parametrize('kind', KINDS_OF_CODES)
+@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
+def test_what_is_no_number_is_marked(kind, bad):
+    z = torch.randn(6, 8)
+    z[2, 0] = bad
+    out = make_quantizer(kind, 8, 64).eval()(z)
+    assert (out.indices[2] == -1).all() and out.z_q[2].isnan().all()
+    rest = [0, 1, 3, 4, 5]
+    assert (out.indices[rest] >= 0).all() and out.z_q[rest].isfinite().all()
+
+
+@pytest.mark.parametrize('kind', KINDS_OF_CODES)
+@pytest.mark.parametrize('sizes', [(0, 64), (-1, 64), (8, 0), (8, 1), (8, 2.5), (8.5, 64), (8, '64')])
+def test_bad_sizes_are_value_errors(kind, sizes):
+    with pytest.raises(ValueError, match='expected a whole number'):
+        make_quantizer(kind, *sizes)
+
+
+def test_the_rotated_gradient_is_bounded_at_zero():
+    q = make_quantizer('rotation', 8, 64, kmeans_init=False).eval()
+    for size in (0., 1e-30, 1e-6, 1.):
+        z = (size*torch.randn(10, 8)).requires_grad_()
+        q(z).z_q.sum().backward()
+        assert z.grad.norm(dim=1).max() <= 10.1*8**.5

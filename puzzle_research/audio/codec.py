@@ -17,7 +17,7 @@ from .context import (
     FINEST, GROUP, ContextModel, echoes, guess_step, level_of, signs_and_sizes)
 from .mel import BANDS, CEILING, FLOOR, FRAMES, mel
 from ..codec.exact import act, exact, from_integers, leaky, snap, to_integers
-from ..codec.files import weights_path
+from ..codec.files import check_holder, weights_path
 from ..codec.step_codec import OCTAVES, STEPS, StepCodec, log_step_of
 from ..codec.tables import Alphabet, Tables, load_tables
 from ..codec.trellis import Quantiser
@@ -208,10 +208,12 @@ def save(self:AudioPuzzle, path):
         tables=self.tables.state_dict(),
     ))
 
+# %% ../../nbs/audio/06_codec.ipynb #337631a2
 def load_codec(path=None # what `AudioPuzzle.save` wrote; None: the packaged weights
 ) -> AudioPuzzle:
-    "Read a codec from a file. Raises TornCheckpoint for one that is not whole."
+    "Read a codec from a file. Raises TornCheckpoint for a torn one, ValueError for other weights."
     s = load_state(path or WEIGHTS)
+    check_holder(path or WEIGHTS, s, 'AudioPuzzle')
     # the matrices are the same as here, unless another machine's SVD rounded an entry otherwise
     WAVELET.update({int(n): w for n, w in s['wavelet'].items()})
     codec = AudioPuzzle(s['tradeoff'])

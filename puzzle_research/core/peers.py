@@ -10,7 +10,7 @@ import math
 from itertools import combinations_with_replacement
 
 import torch, torch.nn.functional as F
-from .quantizer import Quantized, Quantizer, pass_gradient
+from .quantizer import Quantized, Quantizer, check_size, pass_gradient
 
 # %% ../../nbs/core/03e_peers.ipynb #42dc0c6e
 def fsq_levels(codebook_size:int) -> list:
@@ -23,16 +23,20 @@ def fsq_levels(codebook_size:int) -> list:
     raise ValueError(f'fsq: {codebook_size} codes are no product of levels from 3 to 10; '
                      'pass levels=[...] or another codebook_size')
 
+# %% ../../nbs/core/03e_peers.ipynb #7c7b0298
 class FiniteScalar(Quantizer):
     "FSQ (Mentzer et al. 2023): one bounded channel per level, rounded. No codebook, no loss."
     def __init__(self, dim:int, codebook_size:int, levels:list=None): # per channel, by default `fsq_levels`
         from vector_quantize_pytorch import FSQ
-        levels = levels or fsq_levels(codebook_size)
+        check_size('codebook_size', codebook_size)
+        levels = fsq_levels(codebook_size) if levels is None else levels
+        for n in levels:
+            check_size('a level', n, 2)
         if math.prod(levels) != codebook_size:
             raise ValueError(f'fsq: levels {levels} make {math.prod(levels)} codes, '
                              f'codebook_size is {codebook_size}')
         super().__init__(dim, codebook_size, len(levels))
-        self.fsq = FSQ(levels)
+        self.fsq = FSQ(levels).float()
 
     def quantize(self, h, learn):
         q, indices = self.fsq(h[None])
@@ -49,13 +53,14 @@ class LookupFree(Quantizer):
     Its loss, only in training: entropy_weight x (entropy per item - entropy over items) + commitment."""
     def __init__(self, dim:int, codebook_size:int, entropy_weight:float=.1, commitment_cost:float=.25):
         from vector_quantize_pytorch import LFQ
+        check_size('codebook_size', codebook_size, 2)
         bits = codebook_size.bit_length() - 1
         if 2**bits != codebook_size:
             raise ValueError(f'lfq: codebook_size must be a power of two, got {codebook_size}; '
                              f'the nearest are {2**bits} and {2**(bits+1)}')
         super().__init__(dim, codebook_size, bits)
         self.lfq = LFQ(dim=bits, codebook_size=codebook_size, entropy_loss_weight=entropy_weight,
-                       commitment_loss_weight=commitment_cost)
+                       commitment_loss_weight=commitment_cost).float()
 
     def quantize(self, h, learn):
         if len(h) == 0:
@@ -76,7 +81,7 @@ class SimVQ(Quantizer):
         from vector_quantize_pytorch import SimVQ as Peer
         super().__init__(dim, codebook_size, codebook_dim)
         self.peer = Peer(self.codebook_dim, codebook_size, rotation_trick=False,
-                         input_to_quantize_commit_loss_weight=commitment_cost)
+                         input_to_quantize_commit_loss_weight=commitment_cost).float()
 
     @property
     def stored_codes(self): return self.peer.frozen_codebook.numel()

@@ -12,7 +12,8 @@ from torch import nn
 from .kmeans import distance, kmeans
 from .params import nearest
 from .peers import FiniteScalar, LookupFree, SimVQ
-from .quantizer import NoQuantizer, Quantized, Quantizer, nearest_code, pass_gradient
+from .quantizer import (NoQuantizer, Quantized, Quantizer, check_size, nearest_code,
+                                          pass_gradient)
 from .residual import ResidualQuantizer
 from .vector_quantizer import VectorQuantizer
 
@@ -49,8 +50,8 @@ def make_quantizer(kind:str, # one of KINDS
     for name in knobs:
         if name not in _knobs(cls):
             raise ValueError(f"{kind}: {nearest(name, _knobs(cls), 'knob')}")
-    if codebook_size < 2 and kind != 'none':
-        raise ValueError(f'{kind}: codebook_size must be at least 2, got {codebook_size}')
+    if kind != 'none':
+        check_size(f'{kind}: codebook_size', codebook_size, 2)
     return cls(dim, codebook_size, **preset | knobs)
 
 # %% ../../nbs/core/03_quantize.ipynb #75bd23a1

@@ -6,10 +6,12 @@
 __all__ = ['ResidualQuantizer']
 
 # %% ../../nbs/core/03d_residual.ipynb #3bb7a217
+import math
+
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from .quantizer import Quantized, Quantizer, pass_gradient
+from .quantizer import Quantized, Quantizer, check_size, pass_gradient
 from .vector_quantizer import VectorQuantizer
 
 # %% ../../nbs/core/03d_residual.ipynb #b7f6cecc
@@ -31,6 +33,9 @@ class ResidualQuantizer(Quantizer):
             raise ValueError('residual: the sum of the stages passes its gradient straight through; '
                              'leave rotation_trick out')
         super().__init__(dim, codebook_size, codebook_dim)
+        check_size('stages', stages)
+        if not 0 < scale < math.inf:
+            raise ValueError(f'scale is {scale}; expected a positive number')
         books = 1 if shared else stages
         own = [VectorQuantizer(self.codebook_dim, codebook_size, **knobs) for _ in range(books)]
         self.stages, self.scale, self.shared, self.digits = nn.ModuleList(own), scale, shared, (stages,)

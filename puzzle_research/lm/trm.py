@@ -220,17 +220,20 @@ def _cycle(self:RecursiveLM, y, z, features, answers, mask, going): # -> answer,
     return put(y, y1), put(z, z1), tuple(spread(v) for v in r.to_answer.keys(y1))
 
 # %% ../../nbs/lm/10_trm.ipynb #8e1c3109
-@patch
-def stream(self:RecursiveLM,
-    tokens:Tensor, # (T,) or (1, T): the prompt
-    max_new:int=64, temperature:float=0., # 0: always the likeliest
-    top_k:int=None, stop:tuple=(), seed:int=0, threshold:float=None
-): # yields (token, cycles it took)
-    "Write on from a prompt, one token after the other. Raises ValueError for an empty prompt."
-    g = torch.Generator(device=tokens.device).manual_seed(seed)
-    tokens, cache = tokens.reshape(1, -1), None
+def _check_prompt(tokens, temperature, top_k):
+    if tokens.ndim > 1 and tokens.numel() != tokens.shape[-1]:
+        raise ValueError(f'{tokens.numel()//tokens.shape[-1]} prompts of shape {tuple(tokens.shape)}; '
+                         'expected one, (T,) or (1, T): write on from each in turn')
     if not tokens.numel():
         raise ValueError('an empty prompt; give at least one token, for example the start of a document')
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f'temperature is {temperature}; expected 0 (always the likeliest) or more')
+    if top_k is not None and top_k < 1:
+        raise ValueError(f'top_k is {top_k}; expected at least 1, or None for all tokens')
+
+@patch
+def _written_on(self:RecursiveLM, tokens, max_new, temperature, top_k, stop, seed, threshold):
+    g, cache = torch.Generator(device=tokens.device).manual_seed(seed), None
     for _ in range(max_new):
         y, cycles, cache = self.read(tokens, cache=cache, keep=True, threshold=threshold)
         logits = self.logits(y[0, -1]).float()
@@ -243,6 +246,18 @@ def stream(self:RecursiveLM,
         if new.item() in stop:
             return
         tokens = new.view(1, 1)
+
+# %% ../../nbs/lm/10_trm.ipynb #36d5eed4
+@patch
+def stream(self:RecursiveLM,
+    tokens:Tensor, # (T,) or (1, T): the prompt
+    max_new:int=64, temperature:float=0., # 0: always the likeliest
+    top_k:int=None, stop:tuple=(), seed:int=0, threshold:float=None
+): # yields (token, cycles it took)
+    """Write on from a prompt, one token after the other.
+    Raises ValueError for an empty prompt, for several, and for a negative temperature."""
+    _check_prompt(tokens, temperature, top_k)
+    return self._written_on(tokens.reshape(1, -1), max_new, temperature, top_k, stop, seed, threshold)
 
 # %% ../../nbs/lm/10_trm.ipynb #72612e98
 def generate(model:RecursiveLM, tokens:Tensor, **kw) -> list: # new tokens

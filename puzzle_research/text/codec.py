@@ -11,7 +11,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..codec.exact import from_integers, to_integers
-from ..codec.files import weights_path
+from ..codec.files import check_holder, weights_path
 from ..codec.range_coder import RangeDecoder
 from ..core.checkpoint import load_state, save_state
 from ..core.model_hub import OnHub
@@ -137,8 +137,9 @@ def save(self:LanguagePuzzle, path):
     save_state(path, dict(weights=weights, alphabet=lexicon.alphabet, words=words, groups=groups))
 
 def load_codec(path=None) -> LanguagePuzzle: # None: the packaged weights
-    "Read what `LanguagePuzzle.save` wrote. Raises TornCheckpoint for a file that is not whole."
+    "Read what `LanguagePuzzle.save` wrote. Raises ValueError for a torn file or other weights."
     state = load_state(path or WEIGHTS)
+    check_holder(path or WEIGHTS, state, 'LanguagePuzzle')
     alphabet = state['alphabet']
     rows, classes = unpack(state['words'], state['groups'], len(alphabet) + 1)
     words = [''.join(alphabet[i - 1] for i in row) for row in rows]

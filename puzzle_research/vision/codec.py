@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..codec.exact import from_integers, leaky, to_integers
-from ..codec.files import weights_path
+from ..codec.files import check_holder, weights_path
 from ..codec.step_codec import BUDGET, OCTAVES, STEPS, StepCodec, log_step_of
 from ..codec.tables import Alphabet, Tables, load_tables
 from ..codec.trellis import Quantiser, trellis
@@ -131,8 +131,9 @@ def save(self:VisionPuzzle, path):
     save_state(path, state | dict(wavelet=wavelet) | self.tables.state_dict())
 
 def load_codec(path=None) -> VisionPuzzle: # of the packaged weights where there is no path
-    "Read what `VisionPuzzle.save` wrote. Raises TornCheckpoint for a file that is not whole."
+    "Read what `VisionPuzzle.save` wrote. Raises ValueError for a torn file or other weights."
     state = load_state(path or WEIGHTS)
+    check_holder(path or WEIGHTS, state, 'VisionPuzzle')
     # the same as computed, unless another machine's SVD rounds an entry otherwise
     WAVELET.update({int(n): w for n, w in state['wavelet'].items()})
     codec = VisionPuzzle(state['tradeoff'])
