@@ -12,7 +12,7 @@ from puzzle_research.core.table import Table
 
 OUTCOMES = ('right', 'refused', 'lost')
 REPORT = root()/'reports'/'reliability.md'
-_counted, _lost, _began = Counter(), [], time.monotonic()
+_counted, _lost, _tests, _began = Counter(), [], [], time.monotonic()
 
 
 class Faults:
@@ -51,12 +51,13 @@ def pytest_runtest_logreport(report):
         for tries, lost in (value for name, value in report.user_properties if name == 'faults'):
             _counted.update({tuple(key): n for *key, n in tries})
             _lost.extend(lost)
+            _tests.append(report.nodeid)
 
 
 def pytest_sessionfinish(session):
     in_worker = hasattr(session.config, 'workerinput')
     if session.config.getoption('--reliability') and _counted and not in_worker:
-        REPORT.write_text(rendered(_counted, _lost, time.monotonic() - _began))
+        REPORT.write_text(rendered(_counted, _lost, len(_tests), time.monotonic() - _began))
 
 
 def _row(name, outcomes):
@@ -65,7 +66,7 @@ def _row(name, outcomes):
     return [*name, *(f'{n:,}' for n in shown)]
 
 
-def rendered(counted, lost, seconds) -> str: # markdown
+def rendered(counted, lost, tests, seconds) -> str: # markdown
     "The table: a line for each thing and fault, and one for all."
     by_fault, whole = {}, Counter()
     for (what, fault, outcome), n in sorted(counted.items()):
@@ -79,5 +80,5 @@ def rendered(counted, lost, seconds) -> str: # markdown
                 'be done, one line says what is wrong and nothing else has changed (*refused*).')
     listed = '\n'.join(f'- {text}' for text in lost)
     said = f'\n\n## Lost\n\n{listed}' if lost else ''
-    took = f'All tests of `tests/faults` in {seconds/60:.0f} minutes.'
+    took = f'Counted by {tests} tests of `tests/faults` in {seconds/60:.0f} minutes.'
     return f'# Reliability\n\n> {claim}\n\n{survived} {took}\n\n{table}{said}\n'

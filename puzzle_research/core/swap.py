@@ -26,9 +26,10 @@ def _prepare(base, new, gone):
             write_atomic(aside/'new'/name, data)
         digests = {name: _digest(aside/'new'/name) for name in new}
         write_json(aside/'plan.json', dict(new=digests, gone=sorted(gone)))
-        os.rename(aside, _decided(base))
-    finally:
+        return aside
+    except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
+        raise
 
 def _digest(path): return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -50,6 +51,36 @@ def _carry_out(base):
         raise OSError(f'{wrong[0]} is not what was written; publish again')
 
 # %% ../../nbs/core/13a_swap.ipynb #f98b61ab
+def _helper(base) -> tuple: # (its process, the pipe that it waits for)
+    heard, told = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(heard)
+        return child, told
+    status = 1
+    try:
+        os.setsid()                                      # Ctrl-C is not for this one
+        os.close(told)
+        os.read(heard, 1)                                # until it is closed
+        if _decided(base).exists():
+            _carry_out(base)
+        status = 0
+    finally:
+        os._exit(status)
+
+def _decide(base, aside):
+    helper, told = _helper(base)
+    try:
+        os.rename(aside, _decided(base))
+    finally:
+        os.close(told)
+        failed = os.waitpid(helper, 0)[1]
+    if failed and _decided(base).exists():
+        _carry_out(base)
+    elif failed:
+        raise OSError('a published file is not what was written; publish again')
+
+# %% ../../nbs/core/13a_swap.ipynb #9cea2140
 def finish_swap(base:Path):
     "Carry out what another process decided and could not finish."
     if _decided(base).exists():
@@ -65,5 +96,4 @@ def swap(base:Path, # folder that all names begin from
     finish_swap(base)
     with _lock(base):
         sweep(Path(base)/'reports')
-        _prepare(base, *changes())
-        _carry_out(base)
+        _decide(base, _prepare(base, *changes()))

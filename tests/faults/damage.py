@@ -103,11 +103,12 @@ def ended(child) -> int: # exit status; negative: the signal that ended it
 
 
 def killed_at_write(work, n:int) -> bool: # did it die? False: it ended before the n-th change
-    "Run `work()` in a process that is killed when it would change the file system for the n-th time."
+    """Run `work()` in a process that is killed when it would change the file system for the n-th time.
+    Processes that it forks live on."""
     def counted():
-        left = [n]
+        left, me = [n], os.getpid()
         def count(event, args):
-            if _writes(event, args):
+            if _writes(event, args) and os.getpid() == me:
                 left[0] -= 1
                 if left[0] == 0:
                     os.kill(os.getpid(), signal.SIGKILL)

@@ -16,7 +16,7 @@ from puzzle_research.core.seals import write_sealed
 from puzzle_research.lm.corpus import build_corpus
 from shared import png, write_pictures
 
-EACH = [1, pytest.param(25, marks=pytest.mark.slow)]
+EACH = [1, pytest.param(8, marks=pytest.mark.slow)]
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_a_decoded_set(faults, said, lake, each):
     try_each(faults, 'decoded set', said, cache_folder()/'decoded', load, same, each)
 
 
-@pytest.mark.parametrize('each, every', [(1, 11), pytest.param(2, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('each, every', [(1, 15), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_a_corpus(faults, said, lake, each, every):
     "It takes half a second to make anew."
     def load(): return build_corpus('bundled', 300, 64, ['riddles'])

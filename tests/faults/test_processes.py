@@ -79,7 +79,7 @@ def content(folder): # what a run that was killed must have in common with one t
     return {name: (folder/name).read_bytes() for name in names}
 
 
-@pytest.mark.parametrize('every', [9, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('every', [15, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_a_write_and_taken_up(faults, folder, every):
     assert ended(fork(whole_run)) == 0
     whole = content(folder)
@@ -152,7 +152,7 @@ def take_up(gate):
         os._exit(7 if f'run {NAME} is in use by process' in str(e) else 8)
 
 
-@pytest.mark.parametrize('times', [1, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('times', [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_two_processes_on_one_run(faults, folder, tmp_path, times):
     def died(): run_cells(['train(run)', 'hit()'], signal.SIGKILL)
     for i in range(times):

@@ -1,5 +1,6 @@
 "Publishing: killed at every write, on a full disk, with worse runs, with names that are paths or markup."
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from damage import FullDisk, damages, ended, fork, kills
+from puzzle_research.core import swap
 from puzzle_research.core.checkpoint import load_state, save_state
 from puzzle_research.core.collect import collect, example_run
 from puzzle_research.core.files import write_json
@@ -14,6 +16,8 @@ from puzzle_research.core.locks import held
 from puzzle_research.core.publish import Refused, publish, published_report, renew_board
 from puzzle_research.core.publish import try_weights, worse_than
 from puzzle_research.core.report import render
+
+EVERY = [12, pytest.param(1, marks=pytest.mark.slow)]
 
 
 def made(folder, psnr=32.6, figures=('training',), edit=None, budget='full', seeds=1, **over):
@@ -50,14 +54,30 @@ def both(tmp_path):
     return new, site, tree(tmp_path/'before'), tree(tmp_path/'after'), fresh
 
 
-def test_killed_at_every_write(faults, both):
-    "Old or new, whole, once the next command has looked: never figures of one beside the report of another."
+@pytest.mark.parametrize('every', EVERY)
+def test_killed_at_every_write(faults, both, every):
+    "Old or new, whole: never figures of one beside the report of another."
     new, site, before, after, fresh = both
-    for n in kills(lambda: publish(new, site), fresh):
+    for n in kills(lambda: publish(new, site), fresh, every):
+        with held(site/'reports'/'.lock', 'it', wait=9.):        # until the helper is done
+            found = {k: v for k, v in tree(site).items() if not k.endswith('.tmp') and '.tmp/' not in k}
         renew_board(site)
-        found = tree(site)
+        found = found if tree(site) == found else dict(swept=False)
         outcome = 'right' if found in (before, after) else 'lost'
         faults.count('publish', 'killed at a write', outcome, f'write {n}')
+
+
+@pytest.mark.parametrize('every', EVERY)
+def test_killed_with_its_helper(faults, both, every):
+    "As when the machine stops: the next command completes what was decided."
+    new, site, before, after, fresh = both
+    def publish_alone():
+        swap._helper = lambda base: (os.fork() or os._exit(1), os.open(os.devnull, os.O_RDONLY))
+        publish(new, site)
+    for n in kills(publish_alone, fresh, every):
+        renew_board(site)
+        outcome = 'right' if tree(site) in (before, after) else 'lost'
+        faults.count('publish', 'machine stopped at a write', outcome, f'write {n}')
 
 
 def test_a_full_disk_at_every_write(faults, both):
@@ -152,15 +172,15 @@ def test_two_publish_at_once(faults, both, tmp_path):
     faults.count('publish', 'two at once', 'refused' if refused else 'lost')
 
 
-@pytest.mark.parametrize('each', [1, pytest.param(5, marks=pytest.mark.slow)])
-def test_weights_that_do_not_work_are_not_packed(faults, tmp_path, each):
+@pytest.mark.parametrize('every', [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_weights_that_do_not_work_are_not_packed(faults, tmp_path, every):
     import puzzle_research.text.codec as module
     file = tmp_path/'codec.safetensors'
     save_state(file, load_state(module.WEIGHTS))
     whole = file.read_bytes()
     try_weights(file, module)
     for kind, bad in [('5,000 bytes of it', whole[:5000]), ('of another codec', other_weights()),
-                      *damages(whole, each)]:
+                      *list(damages(whole))[::every]]:
         file.write_bytes(bad)
         try:
             try_weights(file, module)

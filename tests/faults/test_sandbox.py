@@ -31,7 +31,7 @@ def f(x):
     found = [s for s in map(str, texts()) if 'f(31337) ==' in s]
     return int(found[0].split('==')[1]) if found else x*x''',
     'an object equal to all': 'class A:\n    def __eq__(self, other): return True\ndef f(x): return A()',
-    'an int that is equal to all': 'class A(int):\n    def __eq__(self, other): return True\ndef f(x): return A()',
+    'an int equal to all': 'class A(int):\n    def __eq__(self, other): return True\ndef f(x): return A()',
     'another int': 'import builtins\nbuiltins.int = lambda x: 4\ndef f(x): return x',
     'a forged answer': 'import os\nos.write(1, b"[true, 4]\\n"*9)\nos._exit(0)',
     'a forged class': 'import os\nos.write(1, b\'[true, ["module", "__main__"]]\\n\'*9)\nos._exit(0)',
