@@ -26,6 +26,7 @@ test: install ## everything CI runs
 test-all: test ## the same, and what takes minutes
 	@$(TEST) -m slow
 reliability: install ## inject every fault, also what takes minutes, and write reports/reliability.md
+	@rm -f reports/reliability.json
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -m 'slow or not slow' --reliability
 lab: install ## JupyterLab with the kernel registered
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name python3

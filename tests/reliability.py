@@ -1,18 +1,19 @@
 """Faults are injected in tests/faults, and every try is counted.
 
-The fixture `faults` counts; `pytest tests/faults -m 'slow or not slow' --reliability` (`make reliability`)
-writes the table reports/reliability.md from what was counted."""
-import time
+The fixture `faults` counts. With `--reliability` what each test counted goes into reports/reliability.json,
+in place of what it counted before, and reports/reliability.md is rendered from there. `make reliability` runs
+them all, from an empty file."""
 from collections import Counter
 
 import pytest
 
 from puzzle_research.core.config import root
+from puzzle_research.core.files import read_json, write_json
 from puzzle_research.core.table import Table
 
 OUTCOMES = ('right', 'refused', 'lost')
 REPORT = root()/'reports'/'reliability.md'
-_counted, _lost, _tests, _began = Counter(), [], [], time.monotonic()
+_counted = {} # name of a test -> what it counted
 
 
 class Faults:
@@ -49,15 +50,16 @@ def pytest_runtest_logreport(report):
     "Also in the process that gathers what others ran: properties travel with the report."
     if report.when == 'teardown':
         for tries, lost in (value for name, value in report.user_properties if name == 'faults'):
-            _counted.update({tuple(key): n for *key, n in tries})
-            _lost.extend(lost)
-            _tests.append(report.nodeid)
+            _counted[report.nodeid] = dict(tries=tries, lost=lost)
 
 
 def pytest_sessionfinish(session):
     in_worker = hasattr(session.config, 'workerinput')
     if session.config.getoption('--reliability') and _counted and not in_worker:
-        REPORT.write_text(rendered(_counted, _lost, len(_tests), time.monotonic() - _began))
+        record = REPORT.with_suffix('.json')
+        counted = (read_json(record) if record.exists() else {}) | _counted
+        write_json(record, counted)
+        REPORT.write_text(rendered(counted))
 
 
 def _row(name, outcomes):
@@ -66,10 +68,10 @@ def _row(name, outcomes):
     return [*name, *(f'{n:,}' for n in shown)]
 
 
-def rendered(counted, lost, tests, seconds) -> str: # markdown
+def rendered(counted) -> str: # markdown; name of a test -> dict(tries, lost)
     "The table: a line for each thing and fault, and one for all."
     by_fault, whole = {}, Counter()
-    for (what, fault, outcome), n in sorted(counted.items()):
+    for what, fault, outcome, n in sorted(tuple(row) for c in counted.values() for row in c['tries']):
         by_fault.setdefault((what, fault), Counter())[outcome] += n
         whole[outcome] += n
     rows = [_row(name, outcomes) for name, outcomes in by_fault.items()]
@@ -78,7 +80,6 @@ def rendered(counted, lost, tests, seconds) -> str: # markdown
     claim = 'Faults injected on purpose, and what came of them. Written by `make reliability`.'
     survived = ('*Survived*: the result is what it would have been without the fault, or, where nothing can '
                 'be done, one line says what is wrong and nothing else has changed (*refused*).')
-    listed = '\n'.join(f'- {text}' for text in lost)
-    said = f'\n\n## Lost\n\n{listed}' if lost else ''
-    took = f'Counted by {tests} tests of `tests/faults` in {seconds/60:.0f} minutes.'
-    return f'# Reliability\n\n> {claim}\n\n{survived} {took}\n\n{table}{said}\n'
+    lost = '\n'.join(f'- {text}' for c in counted.values() for text in c['lost'])
+    said = f'\n\n## Lost\n\n{lost}' if lost else ''
+    return f'# Reliability\n\n> {claim}\n\n{survived} Counted by {len(counted)} tests.\n\n{table}{said}\n'

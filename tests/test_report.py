@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from puzzle_research.core import publish as publishing, swap
+from puzzle_research.core import swap
 from puzzle_research.core.beside import main_metrics
 from puzzle_research.core.collect import collect, combine, example_run, example_summary
 from puzzle_research.core.lint import LINTS, lint

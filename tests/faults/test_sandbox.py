@@ -38,8 +38,12 @@ def f(x):
     'a handle of nothing': 'import os\nos.write(1, b\'[true, ["handle", 99]]\\n\'*9)',
     'an answer without end': 'import os\nwhile True: os.write(1, b"["*60000)',
     'deep nesting': 'import os\nos.write(1, b"["*60000 + b"\\n")',
-    'the judge killed': 'import os\nfor p in range(2, 70000):\n    try: os.kill(p, 9)\n    except OSError: pass',
-    'a debugger': 'import ctypes, os\nassert ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) == 0\nos._exit(0)',
+    'the judge killed': '''
+import os
+for p in range(2, 70000):
+    try: os.kill(p, 9)
+    except OSError: pass''',
+    'a debugger': 'import ctypes, os\nassert ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) == 0',
     'the network': 'import socket\nsocket.socket()',
     'endless time': 'def f(x):\n    while True: pass',
     'endless memory': 'def f(x): return "a"*10**10',
@@ -54,13 +58,21 @@ def test_no_program_passes_that_is_not_right(faults, name):
     faults.count('sandbox', name, 'lost' if passed or not said else 'refused', said)
 
 
+OBJECTS = '''
+class A:
+    def __init__(self, x): self.x = x
+def f(a): return a.x + 1'''
+ERROR = '''
+try:
+    f()
+except ValueError as e:
+    assert str(e) == "no"'''
 RIGHT = {
-    'plain data': ('def f(*v): return list(v)', 'assert f(1, 2., "x", b"y", None) == [1, 2., "x", b"y", None]'),
-    'containers': ('def f(v): return v', 'v = {(1, 2): {3}, "a": [frozenset({1}), range(3)]}\nassert f(v) == v'),
+    'plain data': ('def f(*v): return list(v)', 'assert f(1, 2., "x", None) == [1, 2., "x", None]'),
+    'containers': ('def f(v): return v', 'v = {(1, 2): {3}, b"a": [{4: range(3)}]}\nassert f(v) == v'),
     'a generator': ('def f(n): yield from range(n)', 'assert list(f(3)) == [0, 1, 2] and f(3) != [0, 1, 2]'),
-    'objects': ('class A:\n    def __init__(self, x): self.x = x\ndef f(a): return a.x + 1',
-                'a = A(3)\na.x = 4\nassert f(a) == 5 and a.x == 4'),
-    'an error': ('def f(): raise ValueError("no")', 'try:\n    f()\nexcept ValueError as e:\n    assert str(e) == "no"'),
+    'objects': (OBJECTS, 'a = A(3)\na.x = 4\nassert f(a) == 5 and a.x == 4'),
+    'an error': ('def f(): raise ValueError("no")', ERROR),
     'a module': ('import math\ndef f(): return 1/3', 'assert math.isclose(f(), .3333333333)'),
     'not a number': ('def f(): return float("nan")', 'x = f()\nassert x != x'),
 }
