@@ -1,7 +1,7 @@
 """The packaged codecs write the digits they wrote when the files in golden/ were made, and read them back.
 
-Twenty items of each kind, of the bundled data. Another digit is another format: it needs new weights and a
-word in the change log."""
+Twenty items of each kind, of the bundled data. `*_first` were written by version 0.1: an encoder may come to
+choose otherwise, with a word in the change log, but what was written once is read for ever."""
 import json
 from pathlib import Path
 
@@ -47,14 +47,16 @@ def test_the_same_digits_are_written(kind, request):
     assert torch.equal(codec.encode(items), want['digits'])
 
 
-def test_pictures_are_read_to_the_byte(pictures):
-    _, codec, want = pictures
+@pytest.mark.parametrize('name', ['vision', 'vision_first'])
+def test_pictures_are_read_to_the_byte(pictures, name):
+    codec, want = pictures[1], golden(name)
     assert torch.equal(codec.decode(want['digits']), want['decoded'])
 
 
-def test_sounds_are_read_to_a_64th_of_a_decibel(sounds):
+@pytest.mark.parametrize('name', ['audio', 'audio_first'])
+def test_sounds_are_read_to_a_64th_of_a_decibel(sounds, name):
     "The polish at the end is a network in floats, whose last bits are the machine's affair."
-    _, codec, want = sounds
+    codec, want = sounds[1], golden(name)
     read = (codec.decode(want['digits'])*64).round()
     assert (read - want['decoded']).abs().max() <= 1
 

@@ -13,14 +13,15 @@ from fastcore.basics import patch
 from torch import nn
 
 from .bands import DCT, KEPT, SIZES, WAVELET, Bands, join
+from . import walk as compiled_walk
 from .context import (
-    FINEST, GROUP, ContextModel, echoes, guess_step, level_of, signs_and_sizes)
+    FINEST, GROUP, SPREAD, ContextModel, echoes, level_of, signs_and_sizes)
 from .mel import BANDS, CEILING, FLOOR, FRAMES, mel
+from .walk import in_coding_order
 from ..codec.exact import act, exact, from_integers, leaky, snap, to_integers
 from ..codec.files import check_holder, weights_path
-from ..codec.step_codec import OCTAVES, STEPS, StepCodec, log_step_of
+from ..codec.step_codec import WalkCodec, log_step_of
 from ..codec.tables import Alphabet, Tables, load_tables
-from ..codec.trellis import Quantiser
 from ..core.checkpoint import load_state, save_state
 from ..core.model_hub import OnHub
 
@@ -109,45 +110,20 @@ def check_mels(mels): # -> float32 (B, 128, 32)
     return mels.float().cpu().clamp(FLOOR, CEILING)
 
 # %% ../../nbs/audio/06_codec.ipynb #9ba73fbb
-class AudioPuzzle(OnHub, StepCodec):
+class AudioPuzzle(OnHub, WalkCodec):
     "Log-mel spectrograms (B, 128, 32) in dB to puzzles uint8 (B, 30, 30) and back, from the digits alone."
     system, packaged = '02_audio_puzzle', weights_path('audio_puzzle')
     mel, check = staticmethod(mel), staticmethod(check_mels)
-    slope = 11.                                     # bits that one index of the step is worth
-    tries = ((-3, 1.2), (-1, 1.05), (0, .85))       # more attempts: index beside the searched one, factor
+    walk, spread, finest = compiled_walk, SPREAD, FINEST
+    tries = ((-3, 1.2), (-1, 1.05))                 # more attempts: index beside the searched one, factor
     def __init__(self, tradeoff:float=.07): # squared steps that a bit is worth to the encoder
         super().__init__()
         self.bands, self.context, self.polish = Bands(), ContextModel(), Polish()
         self.tables, self.tradeoff = Tables(Alphabet()), tradeoff
 
-    def first_index(self, mels): # (B, 128, 32) dB -> step index (B,) to start the search from
-        log_step = guess_step(*self.bands.analyse(mels, torch.zeros(len(mels))))
-        return ((log_step - FINEST)*STEPS/OCTAVES).round().long()
+    def prepare(self, mels): return in_coding_order(self.bands, mels)
 
 # %% ../../nbs/audio/06_codec.ipynb #4afa17d7
-@patch
-@torch.no_grad()
-def quantise(self:AudioPuzzle, mels, # (B, 128, 32) dB
-    index, # of the step (B,)
-    factor=1. # on the tradeoff
-): # -> visitor with bits and symbols; what the decoder will know (B, 104, 32)
-    "The encoder's walk."
-    log_step = log_step_of(index, FINEST)
-    base, details = self.bands.analyse(mels, log_step)
-    def take(place):
-        if place == 'base':
-            return base.flatten(1)
-        s, g = place
-        return details[s][:, g*GROUP:(g+1)*GROUP].flatten(1)
-    visitor = Quantiser(take, len(mels), self.tables, self.trellis, self.tradeoff*factor)
-    return visitor, ExactModel(self.context).walk(log_step, visitor)
-
-@patch
-def known_from(self:AudioPuzzle, index, stream): # -> (B, 104, 32)
-    "The decoder's walk."
-    return ExactModel(self.context).walk(log_step_of(index, FINEST), stream)
-
-# %% ../../nbs/audio/06_codec.ipynb #568b1126
 @patch
 @torch.no_grad()
 def plain(self:AudioPuzzle, known, index): # -> dB (B, 128, 32), not yet polished
@@ -158,8 +134,10 @@ def plain(self:AudioPuzzle, known, index): # -> dB (B, 128, 32), not yet polishe
 @torch.no_grad()
 def render(self:AudioPuzzle, known, index): # -> dB (B, 128, 32)
     device = next(self.polish.parameters()).device
-    log_step = log_step_of(index, FINEST).float()
-    return self.polish(self.plain(known, index).to(device), log_step.to(device)).cpu()
+    args = self.plain(*known, index).to(device), log_step_of(index, FINEST).float().to(device)
+    with torch.autocast(device.type, enabled=False):        # few at a time stay in the processor's cache
+        parts = [self.polish(*part) for part in zip(*(x.split(12) for x in args))]
+    return torch.cat(parts).cpu()
 
 # %% ../../nbs/audio/06_codec.ipynb #e0faa5b3
 def learned_numbers(codec): # an AudioPuzzle, or any network
@@ -173,8 +151,8 @@ def learned_numbers(codec): # an AudioPuzzle, or any network
 def calibrate(codec, mels, rounds:int=3):
     "Measure the tables on the integers that the encoder chooses with the tables it has."
     for _ in range(rounds):
-        visitor, _ = codec.quantise(mels, codec.near_budget(mels))
-        codec.tables = codec.tables.measured(*visitor.census())
+        choices, _ = codec.quantise(mels, codec.near_budget(mels))
+        codec.tables = codec.tables.measured(*choices.census())
 
 def decoder_view(codec, mels): # (N, 128, 32) dB -> decoded but not polished dB (N, 128, 32), log2 step (N,)
     "What the polish will see of these clips."
@@ -182,7 +160,7 @@ def decoder_view(codec, mels): # (N, 128, 32) dB -> decoded but not polished dB 
     for x in mels.split(codec.chunk):
         index = codec.near_budget(x)
         known = codec.quantise(x, index)[1]
-        parts.append((codec.plain(known, index), log_step_of(index, FINEST).float()))
+        parts.append((codec.plain(*known, index), log_step_of(index, FINEST).float()))
     return [torch.cat(p) for p in zip(*parts)]
 
 def polish_loss(model, batch, t):
@@ -208,7 +186,7 @@ def save(self:AudioPuzzle, path):
         tables=self.tables.state_dict(),
     ))
 
-# %% ../../nbs/audio/06_codec.ipynb #337631a2
+# %% ../../nbs/audio/06_codec.ipynb #a5758edd
 def load_codec(path=None # what `AudioPuzzle.save` wrote; None: the packaged weights
 ) -> AudioPuzzle:
     "Read a codec from a file. Raises TornCheckpoint for a torn one, ValueError for other weights."
@@ -220,6 +198,7 @@ def load_codec(path=None # what `AudioPuzzle.save` wrote; None: the packaged wei
     from_integers(codec.context, s['context'])
     codec.bands.load_state_dict(s['bands'])
     codec.polish.load_state_dict(s['polish'])
+    codec.polish.to(memory_format=torch.channels_last)
     codec.tables = load_tables(s['tables'], Alphabet())
     return codec.eval()
 

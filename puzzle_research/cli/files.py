@@ -75,6 +75,11 @@ def _known_options(module, given): # those that were given
     return {name: value for name, value in given.items() if value is not None}
 
 
+def _quality(module, file, aside, options): # a phrase; texts come back as they were
+    measure = getattr(_module(module), 'quality_of', None)
+    return measure(file, aside, **options) if measure else 'equal to the character'
+
+
 FORCE = option('--force', help='Replace the file to write, if there is one.')
 
 
@@ -89,6 +94,8 @@ def encode(
                                                'a picture, a name or #rrggbb; default white.')] = None,
     channels:Annotated[Optional[str], option(metavar='mix|apart', help='Channels of a sound: mixed into one '
                                              '(default), or each coded apart.')] = None,
+    quality:Annotated[bool, option('--quality', help='Decode what was written, and say how near it is: PSNR '
+                                   'of a picture, dB of a spectrogram.')] = False,
 ):
     """Turn a file into puzzles, 30x30 grids of digits in an ARC JSON file.
 
@@ -102,7 +109,8 @@ def encode(
     out = out or file.with_name(f'{file.name}.puzzle.json')
     with whole_output(out, file, force, '.json') as aside:
         n = _module(module).encode_file(file, aside, **options)
-    _tell(out, f"{out}: {n} puzzle{'s' if n != 1 else ''}")
+        said = f', {_quality(module, file, aside, options)}' if quality else ''
+    _tell(out, f"{out}: {n} puzzle{'s' if n != 1 else ''}{said}")
 
 
 @app.command()

@@ -11,8 +11,8 @@ import numpy as np
 from fastcore.basics import patch
 
 from puzzle_research.codec.range_coder import (
-    MAX_TOTAL, POS, RangeDecoder, RangeEncoder, checked_digits, fitted, new_state, open_stream, peek_symbol,
-    put_symbol, settle, skip_symbol)
+    MAX_TOTAL, POS, UNIT, RangeDecoder, RangeEncoder, checked_digits, fitted, narrow, new_state, open_stream,
+    put_symbol, settle)
 
 # %% ../../nbs/codec/01_entropy.ipynb #9169b941
 def integer_frequencies(
@@ -68,14 +68,12 @@ class FrequencyTables:
 
 # %% ../../nbs/codec/01_entropy.ipynb #63e4517a
 @patch
-def _check(self:FrequencyTables, rows, symbols):
+def _refuse(self:FrequencyTables, rows, symbols):
     "Raises ValueError naming a lane whose symbol its row does not have."
     i = self._index(rows, symbols)
-    bad = self.freq.ravel()[i] == 0
-    if bad.any():
-        lane = np.argwhere(bad)[0]
-        raise ValueError(f"lane {lane[0]}: a symbol has frequency 0 in its row; "
-                         "give every symbol that can occur a share (integer_frequencies does)")
+    lane, n = np.argwhere(self.freq.ravel()[i] == 0)[0]
+    raise ValueError(f"lane {lane}: symbol {symbols[lane, n]} has frequency 0 in row {rows[lane, n]}; "
+                     "give every symbol that can occur a share (integer_frequencies does)")
 
 @patch
 def _index(self:FrequencyTables, rows, symbols):
@@ -115,35 +113,55 @@ def cost(self:FrequencyTables, rows, symbols):
 
 # %% ../../nbs/codec/01_entropy.ipynb #6243382b
 @numba.njit(cache=True)
-def find_symbol(start, value): # int64 (symbols,) increasing, from 0 -> the last i with start[i] <= value
-    low, high = 0, len(start)
+def find_symbol(start, row, value, near): # int64 (rows, symbols) -> last i with start[row, i] <= value
+    "Bisection, after steps from `near` that double."
+    step, top = 1, start.shape[1]
+    if start[row, near] <= value:
+        low = near
+        while low + step < top and start[row, low + step] <= value:
+            low, step = low + step, 2*step
+        high = min(low + step, top)
+    else:
+        high = near
+        while high > step and start[row, high - step] > value:
+            high, step = high - step, 2*step
+        low = max(high - step, 0)
     while high - low > 1:
         middle = (low + high)//2
-        if start[middle] <= value:
+        if start[row, middle] <= value:
             low = middle
         else:
             high = middle
     return low
 
+# %% ../../nbs/codec/01_entropy.ipynb #ea517762
 @numba.njit(cache=True)
-def read_symbol(state, digits, # of a lane, as of `skip_symbol`
-    start, freq, # int64 (symbols,) of its row
-    total
-) -> int:
+def read_symbol(code, size, pos, # int64 each: the state of the lane
+    digits, # uint8 (n,) of the lane
+    start, freq, row, total, # tables, int64 (rows, symbols) twice; which row; their sum
+    near # symbol to begin the search at
+): # -> symbol, and the state after it
     "Read one symbol."
-    i = find_symbol(start, peek_symbol(state, total))
-    skip_symbol(state, digits, start[i], freq[i], total)
-    return i
+    part = size//total
+    symbol = find_symbol(start, row, min(code//part, total - 1), near)
+    offset, size = narrow(size, start[row, symbol], freq[row, symbol], total)
+    code -= offset
+    while size < UNIT:
+        code, size = 10*code + (digits[pos] if pos < len(digits) else 0), 10*size
+        pos += 1
+    return symbol, code, size, pos
 
-# %% ../../nbs/codec/01_entropy.ipynb #9fb981c9
+# %% ../../nbs/codec/01_entropy.ipynb #97aac528
 @numba.njit(cache=True, nogil=True)
 def write_stream(start, freq, total, # int64 (rows, symbols) twice, and their sum
     rows, symbols, # int64 (n,)
     digits, state # int8 (room,), int64 (3,) of a lane that has coded nothing; both are changed
 ) -> int: # digits used, or what it would take where there is no room
-    "Code one stream."
+    "Code one stream; -1 where a row lacks its symbol."
     for n in range(len(rows)):
         r, s = rows[n], symbols[n]
+        if not (0 <= r < start.shape[0] and 0 <= s < start.shape[1] and freq[r, s] > 0):
+            return -1
         put_symbol(state, digits, start[r, s], freq[r, s], total)
     return settle(state, digits) if state[POS] < len(digits) else state[POS] + 1
 
@@ -156,9 +174,10 @@ def _write_lanes(start, freq, total, rows, symbols, digits, state, used):
 def _read_lanes(start, freq, total, rows, digits, state, symbols):
     for i in range(len(rows)):
         open_stream(state[i], digits[i])
+        code, size, pos = state[i]
         for n in range(rows.shape[1]):
-            r = rows[i, n]
-            symbols[i, n] = read_symbol(state[i], digits[i], start[r], freq[r], total)
+            symbols[i, n], code, size, pos = read_symbol(
+                code, size, pos, digits[i], start, freq, rows[i, n], total, start.shape[1]//2)
 
 # %% ../../nbs/codec/01_entropy.ipynb #1d38d0f7
 @patch
@@ -166,12 +185,13 @@ def encode_all(self:FrequencyTables, rows, symbols, # (lanes, n) each
     capacity:int=None # digits a stream must fit into; None: as many as the longest needs
 ) -> tuple: # digits uint8 (lanes, capacity), digits used (lanes,)
     "Streams of n symbols. Raises ValueError where one does not fit or its row lacks a symbol."
-    self._check(rows, symbols)
     rows, symbols = (np.ascontiguousarray(x, np.int64) for x in (rows, symbols))
     used, room = np.zeros(len(rows), np.int64), (capacity or 1024) + 16
     while True:
         digits = np.zeros((len(rows), room), np.int8)
         _write_lanes(self.start, self.freq, self.total, rows, symbols, digits, new_state(len(rows)), used)
+        if used.min(initial=0) < 0:
+            self._refuse(rows, symbols)
         if used.max(initial=0) <= room:
             return fitted(digits, used, capacity)
         room = int(used.max()) + 16

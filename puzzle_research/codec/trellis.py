@@ -50,7 +50,8 @@ def coarse_shift(log_scale): # -> how many low bits are sent evenly
 
 class Quantiser:
     """The encoder's visitor: picks integers by rate and distortion, and keeps what was picked.
-    `bits` (B,), `peak` (B,) the largest |integer| asked for, `rows` and `symbols` for the coder."""
+    `bits` (B,), `peak` (B,) the largest |integer| asked for, `error` (B,) in squared steps, `rows` and
+    `symbols` for the coder. [Compiled loops](14_compiled.ipynb) do the same, an item at a time."""
     def __init__(self, take, # place -> true values (B, N)
         lanes:int, # items side by side
         tables:Tables,
@@ -60,6 +61,7 @@ class Quantiser:
         self.take, self.tables, self.trellis, self.tradeoff = take, tables, trellis, tradeoff
         self.state = torch.zeros(lanes, dtype=torch.long)
         self.bits, self.peak = torch.zeros(lanes), torch.zeros(lanes)
+        self.error = torch.zeros(lanes, dtype=torch.float64)
         self.rows, self.symbols, self.fine_records = [], [], []
 
 # %% ../../nbs/codec/06_trellis.ipynb #a2d87393
@@ -78,6 +80,7 @@ def coarse(self:Quantiser, place, # what `take` understands
     self.bits += (t.lookup(t.bits, 0, row, high.abs()) + shift).sum(1)
     self.rows += [row, 2*ROWS + shift.long()]
     self.symbols += [(high + t.largest).long(), rest.long()]
+    self.error += (self.take(place) - mean - high*unit - rest).square().sum(1)
     return high*unit + rest
 
 # %% ../../nbs/codec/06_trellis.ipynb #a3dce9d3
@@ -142,7 +145,9 @@ def fine(self:Quantiser, place, mean, log_scale): # (B, N) each -> quantised res
     self.rows.append(quantiser*ROWS + row)
     self.symbols.append((k*sign + t.largest).long())
     self.fine_records.append((quantiser*ROWS + row, k, size))
-    return (sign*t.lookup(t.points, quantiser, row, k)).double()
+    out = (sign*t.lookup(t.points, quantiser, row, k)).double()
+    self.error += (residual - out).square().sum(1)
+    return out
 
 @patch
 def census(self:Quantiser): # -> counts, sums of |residual| (2, ROWS, largest+1)

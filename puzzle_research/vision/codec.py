@@ -13,15 +13,16 @@ from torch import nn
 
 from ..codec.exact import from_integers, leaky, to_integers
 from ..codec.files import check_holder, weights_path
-from ..codec.step_codec import BUDGET, OCTAVES, STEPS, StepCodec, log_step_of
+from ..codec.step_codec import BUDGET, STEPS, WalkCodec, log_step_of
 from ..codec.tables import Alphabet, Tables, load_tables
-from ..codec.trellis import Quantiser, trellis
+from ..codec.trellis import trellis
 from ..core.model_hub import OnHub
 from ..core.quantize import count_parameters
 from ..core.runs import load_state, save_state
-from .context import PHASES, ContextModel, guess_step, level, relative
-from .exact_model import ExactModel
-from .wavelet import WAVELET, analyse, join, to_rgb
+from . import walk
+from .context import ContextModel, level, relative
+from .walk import in_coding_order
+from .wavelet import WAVELET, join, to_rgb
 
 # %% ../../nbs/vision/03_codec.ipynb #f06f5de8
 class Polish(nn.Module):
@@ -52,18 +53,17 @@ def check_images(images): # -> uint8 (B, 3, 32, 32)
                          'expected torch.uint8 (B, 3, 32, 32). For pictures of other sizes use encode_file')
     return images.cpu()
 
-class VisionPuzzle(OnHub, StepCodec):
+class VisionPuzzle(OnHub, WalkCodec):
     """Pictures uint8 (B, 3, 32, 32) to puzzles uint8 (B, 30, 30) and back: three digits name the quantiser's
     step, 897 are the stream."""
     system, packaged = '01_vision_puzzle', weights_path('vision_puzzle')
-    check, trellis, leap = staticmethod(check_images), trellis(4), STEPS
+    check, prepare = staticmethod(check_images), staticmethod(in_coding_order)
+    walk, spread, leap, trellis = walk, 28., STEPS, trellis(4)
 
     def __init__(self, tradeoff:float=.06): # squared steps that a bit is worth to the encoder
         super().__init__()
         self.context, self.polish = ContextModel(), Polish()
         self.tables, self.tradeoff = Tables(ALPHABET), tradeoff
-
-    def first_index(self, images): return (guess_step(images)*STEPS/OCTAVES).round().long()
 
 # %% ../../nbs/vision/03_codec.ipynb #3a97fcb9
 def learned_numbers(codec) -> int: # of a `VisionPuzzle`, or of any other model
@@ -73,43 +73,26 @@ def learned_numbers(codec) -> int: # of a `VisionPuzzle`, or of any other model
 # %% ../../nbs/vision/03_codec.ipynb #da3bea09
 @patch
 @torch.no_grad()
-def quantise(self:VisionPuzzle, images, index, # uint8 (B, 3, 32, 32), step index (B,)
-    factor=1. # on the tradeoff
-): # -> visitor (bits, symbols), what the decoder will know
-    base, details = analyse(images, log_step_of(index))
-    def take(place):
-        if isinstance(place, int):
-            return base[:, place, None]
-        s, band, phase = place
-        y, x = PHASES[phase]
-        return details[s][:, band, y::2, x::2].flatten(1)
-    visitor = Quantiser(take, len(images), self.tables, self.trellis, self.tradeoff*factor)
-    return visitor, self.known_from(index, visitor)
-
-@patch
-def known_from(self:VisionPuzzle, index, visitor): # -> low, detail, scales
-    return ExactModel(self.context).walk(log_step_of(index), visitor)
-
-@patch
-@torch.no_grad()
 def render(self:VisionPuzzle, known, index): # -> uint8 (B, 3, 32, 32)
     "The polished picture of what the decoder knows."
     device = next(self.polish.parameters()).device
-    pixels = self.polish(*(x.float().to(device) for x in (*known, log_step_of(index))))
+    with torch.autocast(device.type, enabled=False):
+        pixels = self.polish(*(x.float().to(device) for x in (*known, log_step_of(index))))
     return pixels.round().clamp(0, 255).to(torch.uint8).cpu()
 
 # %% ../../nbs/vision/03_codec.ipynb #2bb3d696
 @patch
-def needed(self:VisionPuzzle, visitor): # -> bits (B,); more than BUDGET where an integer passed the alphabet
-    octaves = torch.log2(visitor.peak/(ALPHABET.largest + .5))
-    return torch.where(octaves > 0, visitor.bits.clamp(min=BUDGET) + 1 + STEPS*octaves, visitor.bits)
+def needed(self:VisionPuzzle, choices): # -> bits (B,); more than BUDGET where an integer passed the alphabet
+    octaves = torch.log2(choices.peak/(ALPHABET.largest + .5))
+    return torch.where(octaves > 0, choices.bits.clamp(min=BUDGET) + 1 + STEPS*octaves, choices.bits)
 
 # %% ../../nbs/vision/03_codec.ipynb #c044513d
 def calibrate(codec, images, rounds:int=3):
     "Measure the tables on the integers that the encoder chooses with the tables it has."
+    values = codec.prepare(images)
+    index = codec.first_index(values)
     for _ in range(rounds):
-        visitor, _ = codec.quantise(images, codec.first_index(images))
-        codec.tables = codec.tables.measured(*visitor.census())
+        codec.tables = codec.tables.measured(*codec.quantise_values(values, index)[0].census())
 
 def decoder_view(codec, images): # -> low, detail, scales, log2 step, float32
     "What the decoder knows of pictures near 900 digits: the input of the polish."
