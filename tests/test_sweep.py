@@ -98,3 +98,17 @@ def test_other_versions_make_another_run(runs):
     here.versions['torch'] = '1.0'
     assert [run.id for run in Known('00_old', here).of(dict(lr=2e-3))] == ['r']
 
+
+
+@pytest.mark.slow
+def test_the_guide_works(runs):
+    "Cells that `make test` leaves out, because they train, run here."
+    import nbformat
+    from nbclient import NotebookClient
+    guide = root()/'nbs'/'guides'/'04_many.ipynb'
+    nb = nbformat.read(guide, 4)
+    here = dict(metadata=dict(path=str(guide.parent)))
+    NotebookClient(nb, timeout=900, kernel_name='python3', resources=here).execute()
+    printed = ''.join(o.get('text', '') for c in nb.cells for o in c.get('outputs', []))
+    for said in ('4 points: 4 ok', '4 points: 4 kept', '6 points: 2 ok, 4 kept'):
+        assert said in printed

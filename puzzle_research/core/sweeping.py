@@ -7,7 +7,7 @@ __all__ = ['ORDER', 'exported_module', 'check_values', 'clock', 'names_of', 'hea
            'only_one', 'local_engine', 'run_points', 'run_sweep']
 
 # %% ../../nbs/core/17a_sweeping.ipynb #ebc8144f
-import importlib, re
+import importlib, re, sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,7 +86,8 @@ class View:
     def __enter__(self):
         from rich.console import Console
         from rich.live import Live
-        self.out = self.out or Console()
+        shown = sys.stdout.isatty()              # FORCE_COLOR makes no terminal of a file
+        self.out = self.out or Console(force_terminal=shown)
         if self.out.is_terminal:
             self.live = Live(console=self.out, refresh_per_second=4).__enter__()
         return self
