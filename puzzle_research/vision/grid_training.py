@@ -10,12 +10,12 @@ __all__ = ['CHANGES', 'mse_under_changes', 'locality', 'digits_of', 'watch_grid'
 import numpy as np
 import torch
 
-from ..codec.additive import CELLS, changed
+from ..codec.additive import CELLS, changed, with_changes
 from ..core.diagnose import psnr
 from ..core.fit import Batches, Evaluate, Progress, Trainer, WeightAverage, one_cycle_linear
 from ..core.measure import metric, often
 from ..core.runs import load_state, save_state
-from .grid import GridPuzzle, grid_loss, with_changes
+from .grid import GridPuzzle, grid_loss
 
 # %% ../../nbs/vision/21_grid_training.ipynb #7a1f7731
 CHANGES = (0., .01, .05, .1)   # shares of the digits that are replaced
