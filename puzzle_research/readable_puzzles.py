@@ -158,12 +158,12 @@ def sound_metrics(cfg, codec) -> dict: # name -> `metric`
     def gain(rate):
         wrong = changed(puzzles, rate, torch.Generator().manual_seed(0)) if rate else puzzles
         return float(10*np.log10(zero/masked_mse(codec.decode(wrong), test.mel, test.mask)[1]))
-    unit = 'dB below the mean map'
+    unit, learned = 'dB below the mean map', 'components, codewords, levels, weights'
     return dict(
         sound_gain=metric(gain(0.), unit, 'max', n),
         sound_gain_1_changed=metric(gain(.01), unit + ', 1 % of the digits changed', 'max', n),
         sound_gain_5_changed=metric(gain(.05), unit + ', 5 % of the digits changed', 'max', n),
-        sound_learned_numbers=metric(codec.learned_numbers, 'components, codewords, levels, weights', 'min', n),
+        sound_learned_numbers=metric(codec.learned_numbers, learned, 'min', n),
         sound_encode_rate=metric(n/seconds[0], 'clips/s a core', 'max', n),
         sound_decode_rate=metric(n/seconds[1], 'clips/s a core', 'max', n))
 

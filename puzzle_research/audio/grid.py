@@ -25,7 +25,7 @@ IN_TIME = lapped_matrix(FRAMES, BLOCKS[1], SIDE, ANGLES)
 SPAN = CEILING - FLOOR                  # dB
 
 # %% ../../nbs/audio/20_grid.ipynb #9dde502b
-TRUST = .1           # norm of the least correction, on the scale where 150 dB are 1
+TRUST = 5.           # norm of the least correction; digital silence is 11 away from the mean
 
 class Doubt(nn.Module):
     "What the moments around, and the gains of the other groups, say about a moment's loudest components."
