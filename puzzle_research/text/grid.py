@@ -77,8 +77,8 @@ def to_pairs(text:str, place_of:dict) -> np.ndarray: # uint8 (450,) pairs
     if len(text) > room:
         costs = np.cumsum([1 if c in place_of else 1 + RECORD for c in text])
         fits = int((costs <= PLACES - RECORD).sum())
-        raise ValueError(f'a text of {len(text):,} characters, {len(strange)} of them outside the table, does '
-                         f'not fit into a puzzle; its first {fits} characters do')
+        raise ValueError(f'a text of {len(text):,} characters, {len(strange)} of them outside the table, is '
+                         f'too long for a puzzle; its first {fits} characters fit')
     pairs = np.full(PLACES, PAD, np.uint8)
     pairs[:len(text)] = [place_of.get(c, ESCAPED) for c in text]
     for k, (i, number) in enumerate(strange, 1):
@@ -89,15 +89,15 @@ def to_pairs(text:str, place_of:dict) -> np.ndarray: # uint8 (450,) pairs
 # %% ../../nbs/text/20_grid.ipynb #bb866f73
 LOST = '\ufffd'   # what stands for a character that cannot be read
 
-def records(pairs:np.ndarray) -> tuple: # (place -> character, where they begin)
+def records(pairs:np.ndarray) -> tuple: # ((place, character) each, where they begin)
     "From the end, up to five pairs most of which are unused."
-    found, at = {}, PLACES
+    found, at = [], PLACES
     while at >= RECORD and (pairs[at - RECORD:at] == PAD).sum() < RECORD - 1:
         at -= RECORD
         digits = ''.join(f'{pair:02}' for pair in pairs[at:at + RECORD])
         number = int(digits[3:])
         real = number <= 0x10FFFF and not 0xD800 <= number <= 0xDFFF
-        found[int(digits[:3])] = chr(number) if real else LOST
+        found.append((int(digits[:3]), chr(number) if real else LOST))
     return found, at
 
 def to_text(pairs:np.ndarray, table:list) -> str:
@@ -106,6 +106,8 @@ def to_text(pairs:np.ndarray, table:list) -> str:
     used = pairs[:end] != PAD
     agree = np.concatenate([[0], np.cumsum(np.where(used, 1, -1))])    # by how many pairs a length fits
     length = int(agree.argmax())
+    escaped = np.flatnonzero(pairs[:length] == ESCAPED)
+    told = dict(zip(escaped, [c for _, c in told]) if len(told) == len(escaped) else told)
     return ''.join(told.get(i, LOST) if pair == ESCAPED else table[pair] or LOST
                    for i, pair in enumerate(pairs[:length]))
 
