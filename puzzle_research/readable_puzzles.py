@@ -68,6 +68,8 @@ BY_BUDGET = dict(
     stream_images=(0, 0, 1500),
 )
 PRESETS = {budget: dict(zip(BY_BUDGET, column)) for budget, column in zip(BUDGETS, zip(*BY_BUDGET.values()))}
+
+# %% ../nbs/09_readable_puzzles.ipynb #411e6cb4
 CHOICES = dict(recipe=('best', 'linear'))
 BOUNDS = dict(
     seed=(0, 2**31 - 1),

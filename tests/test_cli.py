@@ -69,6 +69,8 @@ def test_help_needs_nothing_heavy():
     ('watch nothere', 'nothere'),
     ('publish nothere', 'nothere'),
     ('encode a.mov', "'.mov'"),
+    ('bench gird', "did you mean 'grid'"),
+    ('bench pca --modality smell', "unknown modality 'smell'"),
     ('data check cifar', "did you mean 'cifar10'"),
 ])
 def test_bad_usage_is_one_line_and_exit_2(typed, command, word):

@@ -165,10 +165,12 @@ def out_of_step(paths):
 
 def not_rendered():
     "Published texts that are not what their sources render to."
+    from puzzle_research.bench.board import render_codecs
     from puzzle_research.core import publish
     docs = publish.documents(ROOT)
     texts = {ROOT/'reports'/f"{doc['system']}.md": publish.published_report(doc) for doc in docs}
     texts |= {ROOT/'reports'/'index.md': publish.render_board(docs), ROOT/'README.md': readme()}
+    texts[ROOT/'reports'/'codecs.md'] = render_codecs(ROOT)
     for path, text in texts.items():
         if not path.exists() or path.read_text() != text:
             yield f'{path.relative_to(ROOT)}: differs from what it is rendered from'
@@ -187,12 +189,14 @@ def findings(paths):
 
 def prepare(paths, run:bool=True):
     export(paths, ROOT/'puzzle_research')
-    from puzzle_research.core.publish import render_published   # as just exported
+    from puzzle_research.bench.board import render_codecs       # as just exported
+    from puzzle_research.core.publish import render_published
     for p in paths:
         if run and stale(p):
             execute(p)
         p.write_text(cleaned(p))
     render_published(ROOT)
+    (ROOT/'reports'/'codecs.md').write_text(render_codecs(ROOT))
     (ROOT/'README.md').write_text(readme())
 
 

@@ -63,6 +63,7 @@ def measure_codec(name:str, m, budget:Budget, seed:int=0) -> dict: # name -> num
     res['accuracy'] = read_digits(codec, m, puzzles, budget.read_seconds, budget.steps, seed)
     return res
 
+# %% ../../nbs/bench/04_board.ipynb #55d6e2ad
 def add_to_board(name:str, modality:str='image', budget:str='full', data:str='auto', seed:int=0,
                  folder:Path=None # project root
 ) -> dict: # the codec's measures
@@ -122,6 +123,7 @@ MEANING = """\
 - *encode*, *decode*: items a second of one core. Timings and accuracies depend on how busy the machine
   was."""
 
+# %% ../../nbs/bench/04_board.ipynb #b6accfa0
 def about(part:dict) -> str: # a sentence: what was measured, and in what time
     s, raw = part['settings'], ', '.join(f'{value:.1f} %' for value in part['raw'].values())
     return (f"{part['source']}, {s['train']:,} items to learn from at most and {s['test']:,} to measure on; "
@@ -140,7 +142,7 @@ def render_codecs(folder:Path=None) -> str: # markdown of reports/codecs.md
             lines += [f'![Fidelity against readability](../figures/codecs/{modality}_{budget}.png)', '']
     return '\n'.join([*lines, '## Columns', '', MEANING, ''])
 
-# %% ../../nbs/bench/04_board.ipynb #b6accfa0
+# %% ../../nbs/bench/04_board.ipynb #758e0e2a
 def draw_codecs(part:dict): # -> figure
     "Fidelity against readability, a point a codec; its line ends where 1 % of the digits are wrong."
     style()
@@ -156,6 +158,7 @@ def draw_codecs(part:dict): # -> figure
            ylabel='readability: digits / items')
     return fig
 
+# %% ../../nbs/bench/04_board.ipynb #d237ace3
 def write_codecs(folder:Path=None) -> Path: # of the report
     "Render report and figures from the JSON."
     base = folder or root()

@@ -197,6 +197,7 @@ CODES = dict(
     grid=grid,
 )
 
+# %% ../../nbs/bench/03_entries.ipynb #73ba1185
 ENTRIES = dict(image=CODES, sound=CODES, text=TEXT_CODES)
 
 def codec_of(name:str, m:Modality, seconds:float, seed:int, steps:int=None):

@@ -7,15 +7,15 @@ from .app import app, argument, option
 
 @app.command('bench')
 def bench_codec(
-    codec:Annotated[str, argument('A name such as vq, pca, stream, grid; or MODULE:CLASS for one of your own.')],
-    modality:Annotated[str, option(help='image or sound.')] = 'image',
+    codec:Annotated[str, argument('Such as vq, pca, stream, grid; or MODULE:CLASS, one of your own.')],
+    modality:Annotated[str, option(help='image, sound or text.')] = 'image',
     quick:Annotated[bool, option('--quick', help='A few minutes: less data, shorter trainings.')] = False,
     seed:Annotated[int, option(help='Of weights and batches.', min=0)] = 0,
 ):
     """Measure a codec: fidelity, wrong digits, reading, structure, stability, speed; renew reports/codecs.md.
 
-    The same data, networks and time for every codec. A class of your own needs `encode`, `decode`, and `fit(items)`
-    or `from_pretrained()`.
+    The same data, networks and time for every codec. A class of your own needs `encode`, `decode`, and
+    `fit(items)` or `from_pretrained()`.
 
     Examples: puzzle bench pca --quick | puzzle bench my_package.my_codec:MyCodec --modality sound
     """
