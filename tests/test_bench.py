@@ -72,8 +72,9 @@ def test_440_characters_of_english_fit_and_more_is_refused_with_what_would(grid)
     grid.encode(['e'*445])
     with pytest.raises(ValueError, match='its first 445 characters fit'):
         grid.encode(['e'*446])
-    with pytest.raises(ValueError, match='its first 439 characters fit'):
+    with pytest.raises(ValueError, match='its first 440 characters fit'):
         grid.encode(['\u732b' + 'e'*445])
+    assert grid.decode(grid.encode(['\u732b' + 'e'*439])) == ['\u732b' + 'e'*439]
 
 
 def test_the_first_digit_tells_the_kind(grid):
@@ -107,9 +108,8 @@ def test_a_constant_code(pictures):
 
 def test_a_codec_of_ones_own_is_measured_and_kept(tmp_path):
     found = add_to_board('test_bench:Known', 'image', 'test', 'bundled', folder=tmp_path)
-    add_to_board('pca', 'image', 'test', 'bundled', folder=tmp_path)
     board = read_json(board_file('image', tmp_path))['test']
-    assert board['codecs']['test_bench:Known'] == found and len(board['codecs']) == 2
+    assert board['codecs'] == {'test_bench:Known': found}
     report = write_codecs(tmp_path).read_text()
     assert '| test_bench:Known |' in report and (tmp_path/'figures'/'codecs'/'image_test.png').exists()
     assert board['settings']['train'] == BUDGETS['test'].train
