@@ -25,7 +25,7 @@ IN_TIME = lapped_matrix(FRAMES, BLOCKS[1], SIDE, ANGLES)
 SPAN = CEILING - FLOOR                  # dB
 
 # %% ../../nbs/audio/20_grid.ipynb #9dde502b
-TRUST = 5.           # norm of the least correction; digital silence is 11 away from the mean
+TRUST = .448         # size of the least correction, as a share of the largest codeword: digital silence
 
 class Doubt(nn.Module):
     "What the moments around, and the gains of the other groups, say about a moment's loudest components."
@@ -133,7 +133,8 @@ def decode(self:SoundGrid, puzzles:torch.Tensor) -> torch.Tensor: # dB (B, 128, 
     check(puzzles)
     digits = self.digits_of(puzzles)
     known, more = self.loudest(digits)
-    loud = known + more*(more.norm(dim=1, keepdim=True) > TRUST)
+    least = TRUST*self.codes[0].first.norm(dim=2).max()
+    loud = known + more*(more.norm(dim=1, keepdim=True) > least)
     rest = [code.decode(d.flatten(0, 1)) for code, d in zip(self.codes[1:], digits.unbind(1)[1:])]
     return self.from_components(self.join_groups([loud, *rest]))
 

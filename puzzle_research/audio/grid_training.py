@@ -39,5 +39,5 @@ def train_sound_grid(codec, mels, masks, # of training: dB (N, 128, 32), bool (N
     optimizer = torch.optim.AdamW(codec.doubt.parameters(), rate, betas=(.9, .98), weight_decay=1e-4)
     trainer = Trainer(codec, loudness_loss, batches, optimizer, one_cycle_linear(.02, .01), clip=1.,
                       device='cpu', run=run, name='sound', log_every=often(steps, 100),
-                      callbacks=[Progress(), WeightAverage(.99)])
+                      callbacks=[Progress(), WeightAverage(min(.99, 1 - 5/max(steps, 10)))])
     return trainer.fit(steps)

@@ -140,6 +140,8 @@ def render_codecs(folder:Path=None) -> str: # markdown of reports/codecs.md
             lines += [f'## {modality.capitalize()}, budget {budget}', '', about(part), '']
             lines += [codec_table(part).markdown(), '']
             lines += [f'![Fidelity against readability](../figures/codecs/{modality}_{budget}.png)', '']
+    if len(lines) == 4:
+        lines += ['Nothing is measured yet; `puzzle bench pca --quick` begins.', '']
     return '\n'.join([*lines, '## Columns', '', MEANING, ''])
 
 # %% ../../nbs/bench/04_board.ipynb #758e0e2a
