@@ -14,7 +14,7 @@ import os
 from functools import lru_cache
 from pathlib import Path
 
-import matplotlib.pyplot as plt, torch
+import torch
 from fastcore.basics import patch
 
 from .core.config import configure, nearest, parameters, pick_device, seed_everything
@@ -23,6 +23,7 @@ from .core.measure import criteria, metric
 from .core.quantize import count_parameters
 from .core.runs import Run, begin, load_state, read_json, runs_folder, save_state
 from .core.runs import write_atomic, write_json
+from .core.style import plt
 
 # %% ../nbs/06_cognate.ipynb #d06999ab
 from .lm.cognate_figures import draw_ablations, draw_halting, draw_lens, draw_race, draw_stages
