@@ -440,3 +440,43 @@ def test_cifar10_is_whole(monkeypatch, tmp_path):
     assert len(train) + len(train.dropped) == 50_000 and len(test) + len(test.dropped) == 10_000
     assert np.allclose(train.arrays['image'].mean((0, 2, 3))/255, (.4914, .4822, .4465), atol=5e-4)
     assert np.bincount(test.arrays['label']).max() == 1000
+
+
+# data as it lies on disks
+
+def test_shards_and_saved_folders_are_found(lake):
+    table = pa.table(dict(text=[f'line {i}' for i in range(9)]))
+    (lake/'wikitext-2-v1'/'data').mkdir(parents=True)
+    for k in range(3):
+        pq.write_table(table[3*k:3*k + 3], lake/f'wikitext-2-v1/data/train-0000{k}-of-00003.parquet')
+    found = D.load('wikitext-2-v1', 'train')
+    assert found.origin == 'local'
+    assert [bytes(found.item(i)['text']) for i in (0, 8)] == [b'line 0', b'line 8']
+    (lake/'wikitext-2-v1/data/train-00001-of-00003.parquet').unlink()
+    with pytest.raises(ValueError, match='has 2 of 3 files of train; number 1 is missing'):
+        D.load('wikitext-2-v1', 'train')
+
+
+def test_a_column_of_another_name_is_mapped_or_named(lake, monkeypatch):
+    write_pictures(lake/'cifar10', [png(k) for k in range(9)], columns=('image', 'label'))
+    with pytest.raises(ValueError, match=r"no column 'img'; the nearest is 'image'.*--column OURS=THEIRS"):
+        D.load('cifar10', 'train')
+    monkeypatch.setenv('PUZZLE_COLUMN', 'img=image')
+    assert len(D.load('cifar10', 'train')) == 9
+
+
+def test_what_is_no_damage_is_not_called_so(lake):
+    (lake/'cifar10').mkdir()
+    (lake/'cifar10'/'train.parquet').write_text('version https://git-lfs.github.com/spec/v1\nsize 12\n')
+    with pytest.raises(ValueError, match='is a Git LFS pointer'):
+        D.load('cifar10', 'train')
+    rows = pa.table(dict(img=['a.png', 'b.png'], label=[0, 1]))
+    pq.write_table(rows, lake/'cifar10'/'train.parquet')
+    with pytest.raises(ValueError, match='img holds str.*its columns hold something else'):
+        D.load('cifar10', 'train')
+
+
+def test_a_near_miss_is_named_before_the_bundled_set_stands_in(lake, caplog):
+    (lake/'CIFAR-10').mkdir()
+    assert "expected a folder 'cifar10'" in D.load('cifar10', 'train').fallback
+    assert "has 'CIFAR-10'" in caplog.text

@@ -21,10 +21,17 @@ def argument(text, complete=None): return typer.Argument(help=text, autocompleti
 def option(*names, **kwargs): return typer.Option(*names, **kwargs)
 
 
+def name_columns(columns):
+    "`--column img=image`: what your sets call our columns, for this process and those it starts."
+    if columns:
+        os.environ['PUZZLE_COLUMN'] = ','.join(columns)
+
+
 def complete_notebooks(incomplete:str) -> list:
     "Systems whose name begins so, for the shell."
-    from puzzle_research.core.params import root
-    return [p.stem for p in sorted((root()/'nbs').glob('[0-9]*_*.ipynb')) if p.stem.startswith(incomplete)]
+    from puzzle_research.core.params import notebooks_folder
+    known = sorted(notebooks_folder().glob('[0-9]*_*.ipynb'))
+    return [p.stem for p in known if p.stem.startswith(incomplete)]
 
 
 def complete_runs(incomplete:str) -> list:

@@ -3,7 +3,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .app import app, argument
+from .app import app, argument, name_columns, option
 
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None,
                        help='Data sets: what is known, what is found, what is whole.')
@@ -20,8 +20,12 @@ def data_list():
 
 
 @data_app.command('check')
-def data_check(name:Annotated[Optional[str], argument('Only this data set.')] = None):
+def data_check(
+    name:Annotated[Optional[str], argument('Only this data set.')] = None,
+    column:Annotated[list[str], option(metavar='OURS=THEIRS', help='How your data set calls a column.')] = [],
+):
     "Read every split found, whole: rows, fingerprint, broken items. Exit 1 where something is broken."
+    name_columns(column)
     from puzzle_research.core.data import check
     lines, empty = check(name), dict(split='', rows='', broken=0, listed=0, sha256='')
     for line in lines:

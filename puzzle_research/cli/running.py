@@ -5,11 +5,11 @@ from typing import Annotated, Optional
 
 import typer
 
-from puzzle_research.core.params import (from_text, nearest, notebook_of, notebook_parameters, root,
-                                         system_of)
+from puzzle_research.core.params import (carried, from_text, nearest, notebook_of, notebook_parameters,
+                                         notebooks_folder, root, system_of)
 from puzzle_research.core.points import given_once
 
-from .app import Usage, app, argument, complete_notebooks, option
+from .app import Usage, app, argument, complete_notebooks, name_columns, option
 
 
 def notebook_path(name) -> Path:
@@ -17,11 +17,24 @@ def notebook_path(name) -> Path:
     for path in (Path(name), notebook_of(name)):
         if path.is_file():
             return path.resolve()
-    known, stem = sorted((root()/'nbs').glob('[0-9]*_*.ipynb')), Path(name).stem
+    known, stem = sorted(notebooks_folder().glob('[0-9]*_*.ipynb')), Path(name).stem
+    if not known:
+        raise Usage(f'no notebooks in {root()}, and the package brought none; get the repository, or install '
+                    'a wheel that was built from it')
     for path in known:
         if stem in (path.stem, *path.stem.split('_', 1)):
             return path
     raise Usage(nearest(stem, [p.stem for p in known], 'notebook'))
+
+
+def _bring_published(path):
+    "What the notebook of a wheel opens with, where there is no project: its published numbers."
+    system = path.stem
+    source = carried('reports')/'summaries'/f'{system}.json'
+    place = root()/'reports'/'summaries'/source.name
+    if path.is_relative_to(carried('nbs').resolve()) and source.exists() and not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(source.read_bytes())
 
 
 def named(given) -> list: # `given`: name=value texts
@@ -229,6 +242,7 @@ def run(
     resume:Annotated[Optional[str], option(metavar='RUN', help='Take up a run that died or was interrupted;'
                                                                 ' a finished one is analysed again.')] = None,
     out:Annotated[Optional[Path], option(metavar='FILE', help='Executed notebook to write.')] = None,
+    column:Annotated[list[str], option(metavar='OURS=THEIRS', help='How your data set calls a column.')] = [],
     track:Annotated[str, option(metavar='NAMES', help='Tell tensorboard, wandb or trackio, too.')] = '',
 ):
     """Execute a notebook with parameters: train, diagnose, report.
@@ -239,6 +253,8 @@ def run(
     puzzle run 01 --resume 20260102-1430
     """
     path = notebook_path(notebook)
+    _bring_published(path)
+    name_columns(column)
     tell(track)
     values = values_of(path, param)
     run_dir = _run_folder(system_of(path), values, resume)

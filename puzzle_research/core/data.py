@@ -18,7 +18,8 @@ from .files import read_json
 from .fingerprint import cache_folder, sha256, verified_sha256
 from .hub import fetch
 from .params import nearest
-from .parquet import data_folders, find, open_parquet, read_batches
+from .parquet import column_map, data_folders, find, open_parquet, read_batches
+from .places import near_misses
 from .seals import open_sealed
 from .sources import SOURCES, Source, check_split, register, source
 
@@ -62,10 +63,14 @@ def describe(self:Dataset) -> dict:
                 licence=s.licence, note=s.note, fallback=self.fallback)
 
 # %% ../../nbs/core/01_data.ipynb #ea7f694c
+def _columns(names): # with those of another name
+    other = column_map()
+    return [f'{c}={other[c]}' if c in other else c for c in names]
+
 def _fingerprint(path, name, decoder) -> tuple: # sha256 of the file, fingerprint of all that matters
     sha, lossy = verified_sha256(path, name), path.parent/'lossy_rows.json'
     parts = dict(layout=1, source=sha, listed=sha256(lossy) if lossy.exists() else '',
-                 decoder=decoder.describe(), columns=list(decoder.columns or source(name).columns),
+                 decoder=decoder.describe(), columns=_columns(decoder.columns or source(name).columns),
                  ragged=list(decoder.ragged))
     return sha, hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -86,6 +91,8 @@ def _check_broken(name, split, meta, limit_rate):
         return
     said = (f'{name}/{split}: {len(broken):,} of {tried:,} items are broken '
             f'({len(broken)/tried:.2%}, limit {limit_rate:.2%}): {_some(broken)}')
+    if len(broken) == tried and len({d['why'] for d in broken}) == 1:
+        raise ValueError(f'{said}. No row is of the kind that {name} has: its columns hold something else')
     if len(broken) > limit_rate*tried or not meta['rows']:
         raise ValueError(f'{said}. The file is damaged: get it again (puzzle data fetch {name}), '
                          'or allow more with limit_rate')
@@ -122,7 +129,7 @@ def _real(name, split): # (file, origin, why there is none)
     try:
         return fetch(name, [split], fetched)[0], 'hub', ''
     except ConnectionError as e:
-        return None, '', str(e)
+        return None, '', f'{e}. {near_misses(data_folders(), name, split)}'.removesuffix('. ')
 
 def _stand_in(name, split, why): # (file, set, what to announce)
     other = source(name).stand_in or (name if source(name).bundled else '')

@@ -193,7 +193,9 @@ def command(system:str, # `system_of` its notebook
     named = {k: config[k] for k in ('recipe', 'budget', 'seed') if k in config}
     named |= {k: v for k, v in sorted((changed or {}).items()) if k != 'run'}
     given = [f'-p {k} {shlex.quote(str(v))}' for k, v in named.items()]
-    return ' '.join([f'puzzle run {notebook_of(system).relative_to(root())}', *given])
+    path = notebook_of(system)
+    notebook = path.relative_to(root()) if path.is_relative_to(root()) else system # of the wheel
+    return ' '.join([f'puzzle run {notebook}', *given])
 
 def reproduce_section(doc:dict) -> str:
     r = doc['runs'][0]

@@ -1,0 +1,18 @@
+"""The wheel carries notebooks, bundled data and published numbers, so that `puzzle run` works without the repository."""
+import shutil
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+
+class WithNotebooks(build_py):
+    "Copies `nbs/`, the bundled sets and the summaries into the built package, as `puzzle_research/bench/`."
+    def run(self):
+        super().run()
+        for folder in (Path('nbs'), Path('reports', 'summaries'), *sorted(Path('data').glob('bundled_*'))):
+            shutil.copytree(folder, Path(self.build_lib, 'puzzle_research', 'bench', folder), dirs_exist_ok=True,
+                            ignore=shutil.ignore_patterns('.*', '__pycache__'))
+
+
+setup(cmdclass=dict(build_py=WithNotebooks))
