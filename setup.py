@@ -1,4 +1,4 @@
-"""The wheel carries notebooks, bundled data and published numbers, so that `puzzle run` works without the repository."""
+"""The wheel carries notebooks, bundled data and published numbers: `puzzle run` works without the repository."""
 import shutil
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from setuptools.command.build_py import build_py
 
 
 class WithNotebooks(build_py):
-    "Copies `nbs/`, the bundled sets and the summaries into the built package, as `puzzle_research/bench/`."
+    "Copies notebooks, bundled sets and summaries into the built package, as `puzzle_research/bench/`."
     def run(self):
         super().run()
         for folder in (Path('nbs'), Path('reports', 'summaries'), *sorted(Path('data').glob('bundled_*'))):
