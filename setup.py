@@ -1,4 +1,4 @@
-"""The wheel carries notebooks, bundled data and published numbers: `puzzle run` works without the repository."""
+"""The wheel carries notebooks, bundled data and published numbers, so that `puzzle run` works by itself."""
 import shutil
 from pathlib import Path
 
@@ -10,7 +10,8 @@ class WithNotebooks(build_py):
     "Copies notebooks, bundled sets and summaries into the built package, as `puzzle_research/bench/`."
     def run(self):
         super().run()
-        for folder in (Path('nbs'), Path('reports', 'summaries'), *sorted(Path('data').glob('bundled_*'))):
+        bundled = sorted(Path("data").glob("bundled_*"))
+        for folder in (Path("nbs"), Path("reports", "summaries"), *bundled):
             shutil.copytree(folder, Path(self.build_lib, 'puzzle_research', 'bench', folder), dirs_exist_ok=True,
                             ignore=shutil.ignore_patterns('.*', '__pycache__'))
 
