@@ -1,6 +1,5 @@
 "The language model assembled: counts, specialisations, 37 metrics, resumption, hand-off. See nbs/06_cognate."
 import functools
-import json
 import sys
 import types
 
@@ -21,6 +20,7 @@ from puzzle_research.lm.bundled_text import bundled_rows
 from puzzle_research.lm.copying import copier
 from puzzle_research.lm.likelihood import bits_per_byte
 from puzzle_research.lm.telemetry import AT_THE_END, METRICS, behaviour, open_tracker
+from shared import wandb_rows
 
 TINY = dict(budget='test', compare=False, tune_steps=0, diversity_steps=0)
 CLOCK = ('tokens_per_second', 'gpu_allocated_gb', 'gpu_reserved_gb', 'epoch_minutes', 'training_hours')
