@@ -1,4 +1,6 @@
 "The language codec as its users meet it: the packaged weights, files, the command line, runs."
+import hashlib, lzma, math
+
 import numpy as np, pytest, torch
 
 from puzzle_research.codec.range_coder import RangeDecoder
@@ -9,6 +11,8 @@ from puzzle_research.core.puzzle import CELLS, check_codec, load_puzzles, save_p
 from puzzle_research.core.quantize import count_parameters
 from puzzle_research.language_puzzle import (
     LIMIT, WEIGHTS, Config, LanguagePuzzle, build, cells_used, decode_file, encode_file, load_codec)
+from puzzle_research.text.any_text import (
+    BYTES, HEAD, LEARNED, PLAIN, decode_any, encode_any, is_segment, segments)
 from puzzle_research.text.exact_model import TOTAL, ExactModel, Lanes
 from puzzle_research.text.lexicon import CLASSES
 from puzzle_research.text.stream import WINDOWED, read_head
@@ -195,8 +199,9 @@ def there_and_back(folder, raw): # -> puzzles of a text file whose bytes come ba
     (b'', 1),
     (b'\xef\xbb\xbfbom\r\nline\r\n', 1),
     ('🙂'.encode(), 1),
-    (b'\0'*1000, 2),
-    (('日本語の文章。'*100).encode(), 3),
+    (b'\0'*1000, 1),
+    (('日本語の文章。'*100).encode(), 1),
+    ('\ud7ff\ue000\U0001F600\U00020000\U000E0001\U000F0000\U0010FFFF'.encode(), 1),
 ])
 def test_odd_files(tmp_path, raw, least):
     assert there_and_back(tmp_path, raw) >= least
@@ -221,6 +226,80 @@ def test_changed_or_missing_puzzles_are_noticed(tmp_path, prose):
     save_puzzles(tmp_path/'short.json', puzzles[:-1], meta)
     with pytest.raises(ValueError, match='a digit was changed or a puzzle is missing'):
         decode_file(tmp_path/'short.json', tmp_path/'x.txt')
+
+
+# texts that are no English
+
+def noise(kind, size): # -> str that no model can foretell
+    rng = np.random.default_rng(0)
+    if kind == 'ascii':
+        return ''.join(map(chr, rng.integers(32, 127, size)))
+    return random_characters(size)
+
+
+@pytest.mark.parametrize('kind, digits', [('ascii', 2), ('any', 2.41)])
+@pytest.mark.parametrize('size', [1, 100, 5000])
+def test_noise_costs_what_is_promised(codec, kind, digits, size):
+    text = noise(kind, size)
+    puzzles = codec.encode_text(text)
+    assert codec.decode_text(puzzles) == text
+    assert len(puzzles)*CELLS < digits*len(text.encode()) + HEAD + CELLS
+
+
+@pytest.fixture(scope='module')
+def source():
+    "Python that comes with the package."
+    return (root()/'puzzle_research/text/codec.py').read_text()*3
+
+
+def test_code_is_coded_below_xz(codec, source):
+    puzzles = codec.encode_text(source)
+    assert codec.decode_text(puzzles) == source
+    assert is_segment(puzzles[0].flatten().numpy())
+    assert len(puzzles)*CELLS*math.log2(10)/8 < len(lzma.compress(source.encode(), preset=9))
+
+
+def test_learned_digits_are_the_same_every_time():
+    "The digest is of digits written when the format was made: another is another format."
+    text = 'to be, or not to be: that is the question. '*40
+    digits = encode_any(text)
+    assert hashlib.sha256(digits.tobytes()).hexdigest()[:16] == '7a6bc924b0010571'
+    assert np.array_equal(digits, encode_any(text)) and decode_any(digits) == text
+
+
+def test_segments_are_coded_apart_and_cut_no_character():
+    text = 'aé日🙂'*500
+    parts = segments(text.encode(), 999)
+    assert len(parts) == 6 and ''.join(p.decode() for p in parts) == text
+    digits = encode_any(text, 999)
+    assert decode_any(digits) == text
+    assert np.array_equal(digits[:len(encode_any(parts[0].decode()))], encode_any(parts[0].decode()))
+
+
+def test_a_stream_of_which_puzzles_are_missing_is_noticed(source):
+    digits = encode_any(source)
+    for wrong in (digits[1:], digits[:-1]):
+        with pytest.raises(ValueError, match='puzzles are missing or changed'):
+            decode_any(wrong)
+
+
+def test_any_digits_after_a_head_decode():
+    digits = encode_any('noise '*200)
+    rng = np.random.default_rng(1)
+    for model in (PLAIN, BYTES, LEARNED):
+        wrong = digits.copy()
+        wrong[0, HEAD:] = rng.integers(0, 10, CELLS - HEAD)
+        wrong[0, 4] = model
+        decode_any(wrong).encode('utf-8')
+
+
+@pytest.mark.parametrize('ending', ['.py', '.json', '.md'])
+def test_texts_of_other_endings(tmp_path, command, ending):
+    raw = '{"key": "value", "naïve": [1, 2]}\r\n'.encode()*20
+    (tmp_path/f'a{ending}').write_bytes(raw)
+    assert command('encode', tmp_path/f'a{ending}')[0] == 0
+    assert command('decode', tmp_path/f'a{ending}.puzzle.json')[0] == 0
+    assert (tmp_path/'a.decoded.txt').read_bytes() == raw
 
 
 # commands and runs
