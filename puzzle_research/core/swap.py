@@ -68,6 +68,7 @@ def _helper(base) -> tuple: # (its process, the pipe that it waits for)
     finally:
         os._exit(status)
 
+# %% ../../nbs/core/13a_swap.ipynb #70d59be9
 def _decide(base, aside):
     helper, told = _helper(base)
     try:

@@ -48,6 +48,8 @@ import heapq, itertools, math, random, re, statistics, string, textwrap, time, t
 datetime.datetime.strptime('2020-01-01', '%Y-%m-%d') # imports what it needs while it still can
 sys.set_int_max_str_digits(0)
 """
+
+# %% ../../nbs/lm/17_sandbox.ipynb #41ba2f3b
 WIRE = r"""
 def seq(v): return [put(x) for x in v]
 def items(v): return [[put(k), put(x)] for k, x in dict.items(v)]
@@ -116,6 +118,18 @@ def lock(code, memory, seconds):
 
 # %% ../../nbs/lm/17_sandbox.ipynb #bb8c2b11
 WORKER = r"""
+def operations(space): # name of what the judge may ask for -> function
+    def run(source):
+        exec(compile(source, 'program', 'exec'), space)
+        return {name: v for name, v in space.items() if not name.startswith('__')}
+    def call(f, *args, **kw): return f(*args, **kw)
+    def called(module, names): return {name: getattr(module, name) for name in names.split()}
+    do = dict(run=run, call=call) | called(builtins, 'getattr setattr list next len str repr bool abs')
+    return do | called(operator, 'eq lt le gt ge getitem setitem contains add sub mul')
+"""
+
+# %% ../../nbs/lm/17_sandbox.ipynb #a717228d
+WORKER += r"""
 def work(code, memory, seconds, requests, replies):
     global keep, reach
     null = os.open(os.devnull, os.O_RDWR)
@@ -123,19 +137,13 @@ def work(code, memory, seconds, requests, replies):
         os.dup2(f, at)
     os.closerange(3, 256)
     sys.stdin, sys.stdout, sys.stderr = open(os.devnull), open(os.devnull, 'w'), open(os.devnull, 'w')
-    asked, objects, space = os.fdopen(0, 'rb'), [], {'__name__': 'program'}
+    asked, objects = os.fdopen(0, 'rb'), []
     def keep(v):
         objects.append(v)
         return len(objects) - 1
     reach = objects.__getitem__
     lock(code, memory, seconds)
-    def run(source):
-        exec(compile(source, 'program', 'exec'), space)
-        return {name: v for name, v in space.items() if not name.startswith('__')}
-    def call(f, *args, **kw): return f(*args, **kw)
-    def called(module, names): return {name: getattr(module, name) for name in names.split()}
-    do = dict(run=run, call=call) | called(builtins, 'getattr setattr list next len str repr bool abs')
-    do |= called(operator, 'eq lt le gt ge getitem setitem contains add sub mul')
+    do = operations({'__name__': 'program'})
     for line in asked:
         try:
             name, args, kw = json.loads(line)
@@ -162,7 +170,10 @@ def ask(name, *args, **kw):
     if isinstance(error, type) and issubclass(error, Exception) and error is not UnicodeDecodeError:
         raise error(text)
     raise RuntimeError(f'{kind}: {text}')
+"""
 
+# %% ../../nbs/lm/17_sandbox.ipynb #6f3fafcf
+JUDGE += r"""
 class Proxy:
     def __init__(self, n): self.__dict__['_n'] = n
     def __call__(self, *args, **kw): return ask('call', self, *args, **kw)
