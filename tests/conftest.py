@@ -8,6 +8,7 @@ from filelock import FileLock
 import puzzle_research.core.data as data
 import puzzle_research.core.hub as hub
 from puzzle_research.cli import main
+from puzzle_research.core.seals import listen
 from reliability import faults, pytest_addoption, pytest_runtest_logreport, pytest_sessionfinish  # noqa: F401
 from shared import PUZZLE, SMALL, as_options, finish, only_run, start
 
@@ -33,6 +34,13 @@ def finished_run(tmp_path_factory, worker_id):
                 finish(start([PUZZLE, 'run', system, *as_options(SMALL | values)], runs, cwd=runs))
         return only_run(runs)
     return run
+
+
+@pytest.fixture(autouse=True)
+def _no_listener():
+    "A run that a test began in this process hears nothing of the tests after it."
+    yield
+    listen(None)
 
 
 @pytest.fixture

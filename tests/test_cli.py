@@ -62,8 +62,7 @@ def test_help_needs_nothing_heavy():
     ('show nothere', 'nothere'),
     ('search 05 --space nothere.toml --metric gap', 'nothere.toml'),
     ('compare nothere', 'nothere'),
-    ('reports 09', 'unknown published report'),
-    ('runs --sort sead', 'sead'),
+    ('reports 99', "unknown notebook '99'"),
     ('runs --since yesterday', 'expected a date'),
     ('best 01 --metric nothing', "unknown metric 'nothing'"),
     ('watch nothere', 'nothere'),
@@ -141,6 +140,7 @@ def test_runs_are_filtered_and_sorted_and_are_json(three_runs, typed):
     assert found == [('run2', 32.9, 2), ('run1', 33.4, 1)]
     shown = typed('runs', '--metric', 'psnr', '--last', '1').stdout.splitlines()
     assert len(shown) == 3 and shown[0].split()[:3] == ['system', 'run', 'status'] and '32.9' in shown[2]
+    assert_one_clear_line(typed('runs', '--sort', 'sead'), "'seed'", codes=(2,))
 
 
 def test_best_and_last(three_runs, typed):

@@ -74,9 +74,8 @@ def quality_at(codec, part, # `Clips`
 ) -> float: # PSNR of the mean error, dB
     "The same codec with a shorter stream."
     codec.room = (digits - 4)*math.log2(10)
-    index = codec.search(part.mel)
+    index, _, _, known = codec.choose(part.mel)
     del codec.room
-    _, known = codec.quantise(part.mel, index)
     return float(psnr(masked_mse(codec.render(known, index), part.mel, part.mask)[1]))
 
 def _points(summary): # what `plot_rate_distortion` shows

@@ -64,11 +64,11 @@ def exactness(codec, puzzles, items, few:int=8) -> dict: # exact_alone, decoded_
 def read_digits(codec, m:Modality, puzzles, seconds:float, steps:int=None, seed:int=0) -> float: # % right
     train = (codec.encode(m.train), m.labels)
     return max(reading_accuracy(DigitStem, train, (puzzles, m.test_labels), m.classes, seconds, steps,
-                                seed).values())
+                                seed=seed).values())
 
 def read_items(m:Modality, seconds:float, steps:int=None, seed:int=0) -> float: # % right
     return max(reading_accuracy(m.stem, (m.train, m.labels), (m.test, m.test_labels), m.classes, seconds,
-                                steps, seed).values())
+                                steps, seed=seed).values())
 
 # %% ../../nbs/bench/01_measures.ipynb #fe481bd3
 def measure_code(codec, m:Modality) -> dict: # name -> number
