@@ -136,7 +136,7 @@ def render(self:AudioPuzzle, known, index): # -> dB (B, 128, 32)
     device = next(self.polish.parameters()).device
     args = self.plain(*known, index).to(device), log_step_of(index, FINEST).float().to(device)
     with torch.autocast(device.type, enabled=False):        # few at a time stay in the processor's cache
-        parts = [self.polish(*part) for part in zip(*(x.split(12) for x in args))]
+        parts = [self.polish(*part) for part in zip(*(x.split(4) for x in args))]
     return torch.cat(parts).cpu()
 
 # %% ../../nbs/audio/06_codec.ipynb #e0faa5b3

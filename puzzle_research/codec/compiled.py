@@ -69,7 +69,7 @@ def keep(lane, row, symbol, size): # what was picked, for the coder
     lane.rows[n], lane.symbols[n], lane.sizes[n] = row, symbol, size
     lane.at[SYMBOLS] += 1
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, error_model='numpy')
 def read(book, lane, row, near): # the next symbol of the digits
     code, size, pos = lane.coder
     symbol, code, size, pos = read_symbol(
@@ -78,7 +78,7 @@ def read(book, lane, row, near): # the next symbol of the digits
     return symbol
 
 # %% ../../nbs/codec/14_compiled.ipynb #7ac027a6
-@numba.njit(cache=True)
+@numba.njit(cache=True, error_model='numpy')
 def high_parts(book, lane, means, log_scales, encoding, out): # float64 (N,) each
     "The first half of `coarse`."
     first = lane.at[VALUES]
@@ -96,7 +96,7 @@ def high_parts(book, lane, means, log_scales, encoding, out): # float64 (N,) eac
         out[i] = high*unit
 
 # %% ../../nbs/codec/14_compiled.ipynb #9c3d100f
-@numba.njit(cache=True)
+@numba.njit(cache=True, error_model='numpy')
 def coarse(book, lane, means, log_scales, encoding, out): # float64 (N,) each; residuals into `out`
     "As `Quantiser.coarse` and `Stream.coarse`: first all high parts, then all low bits."
     n, first = len(means), lane.at[VALUES]
@@ -114,7 +114,7 @@ def coarse(book, lane, means, log_scales, encoding, out): # float64 (N,) each; r
     lane.at[VALUES] += n
 
 # %% ../../nbs/codec/14_compiled.ipynb #369a9f1b
-@numba.njit(cache=True)
+@numba.njit(cache=True, error_model='numpy')
 def candidates(book, tradeoff, size, row, ks, costs): # float32 size -> |k| (4,), float32 costs (4,)
     "Of both quantisers the cheapest even and the nearest odd integers, as `Quantiser.candidates`."
     top, two, one = np.float32(book.largest), np.float32(2), np.float32(1)
@@ -129,7 +129,7 @@ def candidates(book, tradeoff, size, row, ks, costs): # float32 size -> |k| (4,)
         ks[2*q + 1], costs[2*q + 1] = odd, (size - points[odd])**2 + tradeoff*bits[odd]
 
 # %% ../../nbs/codec/14_compiled.ipynb #d9c38725
-@numba.njit(cache=True)
+@numba.njit(cache=True, error_model='numpy')
 def _forward(book, costs, metric, fresh, choices): # float32 (N, 4), (states,) twice, bool (N, states)
     "The cheapest path to each state; returns the cheapest last one."
     source, price = book.source, book.price
@@ -151,7 +151,7 @@ def _backward(book, state, choices, path): # -> branch 2*quantiser + parity of e
         state = book.source[state, choice]
 
 # %% ../../nbs/codec/14_compiled.ipynb #86289b77
-@numba.njit(cache=True)
+@numba.njit(cache=True, error_model='numpy')
 def choose(book, tradeoff, lane, means, log_scales, out): # float64 (N,) each; residuals into `out`
     "The encoder's side of `fine`: the cheapest path from the present state."
     n, states, first = len(means), len(book.quantiser), lane.at[VALUES]
@@ -175,7 +175,7 @@ def choose(book, tradeoff, lane, means, log_scales, out): # float64 (N,) each; r
         lane.sums[ERROR] += (residual - np.float32(out[i]))**2
 
 # %% ../../nbs/codec/14_compiled.ipynb #41f114c2
-@numba.njit(cache=True)
+@numba.njit(cache=True, error_model='numpy')
 def follow(book, lane, means, log_scales, out): # the decoder's side of `fine`
     (code, size, pos), state, digits = lane.coder, lane.at[STATE], lane.digits
     for i in range(len(means)):
@@ -187,7 +187,7 @@ def follow(book, lane, means, log_scales, out): # the decoder's side of `fine`
         state = book.following[state, k % 2]
     lane.coder[0], lane.coder[1], lane.coder[2], lane.at[STATE] = code, size, pos, state
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, error_model='numpy')
 def fine(book, tradeoff, lane, means, log_scales, encoding, out):
     "As `Quantiser.fine` and `Stream.fine`, in the order of the values."
     if encoding:
@@ -271,7 +271,7 @@ def in_threads(work, # (first, last), releases Python's lock
 # %% ../../nbs/codec/14_compiled.ipynb #e6418d75
 BINS, LEAST = 64*8, (1023 - 24)*8       # from energies of 2^-24
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, error_model='numpy')
 def _histogram(values, spread):
     energies, counts = spread*values*values, np.zeros(BINS)
     for key in energies.view(np.int64):

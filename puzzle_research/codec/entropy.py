@@ -112,7 +112,7 @@ def cost(self:FrequencyTables, rows, symbols):
     return -np.log10(self.freq.ravel()[self._index(rows, symbols)] / self.total)
 
 # %% ../../nbs/codec/01_entropy.ipynb #6243382b
-@numba.njit(cache=True)
+@numba.njit(cache=True, error_model='numpy')
 def find_symbol(start, row, value, near): # int64 (rows, symbols) -> last i with start[row, i] <= value
     "Bisection, after steps from `near` that double."
     step, top = 1, start.shape[1]
@@ -135,7 +135,7 @@ def find_symbol(start, row, value, near): # int64 (rows, symbols) -> last i with
     return low
 
 # %% ../../nbs/codec/01_entropy.ipynb #ea517762
-@numba.njit(cache=True)
+@numba.njit(cache=True, error_model='numpy')
 def read_symbol(code, size, pos, # int64 each: the state of the lane
     digits, # uint8 (n,) of the lane
     start, freq, row, total, # tables, int64 (rows, symbols) twice; which row; their sum
@@ -152,7 +152,7 @@ def read_symbol(code, size, pos, # int64 each: the state of the lane
     return symbol, code, size, pos
 
 # %% ../../nbs/codec/01_entropy.ipynb #97aac528
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, error_model='numpy')
 def write_stream(start, freq, total, # int64 (rows, symbols) twice, and their sum
     rows, symbols, # int64 (n,)
     digits, state # int8 (room,), int64 (3,) of a lane that has coded nothing; both are changed
@@ -170,7 +170,7 @@ def _write_lanes(start, freq, total, rows, symbols, digits, state, used):
     for i in range(len(rows)):
         used[i] = write_stream(start, freq, total, rows[i], symbols[i], digits[i], state[i])
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, error_model='numpy')
 def _read_lanes(start, freq, total, rows, digits, state, symbols):
     for i in range(len(rows)):
         open_stream(state[i], digits[i])

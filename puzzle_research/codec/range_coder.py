@@ -16,7 +16,7 @@ WIDTH = 15                                      # digits held in `low` and `rang
 TOP, UNIT = 10 ** WIDTH, 10 ** (WIDTH - 1)
 MAX_TOTAL = 10 ** 9                             # largest sum of frequencies
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, error_model='numpy')
 def narrow(size, start, freq, total): # int64 each -> offset, size
     "[start, start+freq) of `total` as part of a range; what the division leaves is the last symbol's."
     part = size // total
@@ -26,7 +26,7 @@ def narrow(size, start, freq, total): # int64 each -> offset, size
 # %% ../../nbs/codec/00_range_coder.ipynb #7dab5e96
 LOW, RANGE, POS = range(3)                      # of a lane's state; a decoder has its code in place of low
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, error_model='numpy')
 def put_symbol(state, # int64 (3,) of the lane, changed in place
     digits, # int8 (room,) of the lane, changed in place
     start, freq, total # int64 each
@@ -99,7 +99,7 @@ def _refuse(lane, start, freq, total):
                      "give every symbol that can occur a share (integer_frequencies does)")
 
 # %% ../../nbs/codec/00_range_coder.ipynb #23cd3d2f
-@numba.njit(cache=True)
+@numba.njit(cache=True, error_model='numpy')
 def settle(state, # int64 (3,) of the lane
     digits # int8 (room,) of the lane, changed in place; room is more than the lane's position
 ) -> int: # digits used; trailing zeros are not counted
@@ -149,12 +149,12 @@ def _next_digit(state, digits): # past the end of a stream are zeros
         state[LOW] += digits[state[POS]]
     state[POS] += 1
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, error_model='numpy')
 def peek_symbol(state, total):
     "A number in [start, start + freq) of the next symbol."
     return min(state[LOW] // (state[RANGE] // total), total - 1)
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, error_model='numpy')
 def skip_symbol(state, # int64 (3,) of the lane, changed in place
     digits, # uint8 (n,) of the lane
     start, freq, total # int64 each
