@@ -416,6 +416,19 @@ def test_bundled_prose_is_what_the_tool_makes(tmp_path, monkeypatch):
     assert tool.splits() == stored
 
 
+def test_bundled_texts_are_what_the_tool_makes(tmp_path, monkeypatch):
+    tool = load_tool('make_bundled_texts')
+    monkeypatch.setenv('PUZZLE_CACHE', str(tmp_path))
+    ds = D.load('bundled_texts', 'test')
+    stored = [bytes(ds.item(i)['text']).decode() for i in range(len(ds))]
+    assert list(tool.OUR_OWN.values()) == stored[len(tool.OF_PYTHON):]
+    try:
+        made = tool.texts()
+    except (ValueError, FileNotFoundError):
+        pytest.skip('another Python: another random.py')
+    assert list(made.values()) == stored
+
+
 def test_holdout_is_frozen():
     train, valid = D.holdout(50_000, 5000, 0)
     assert len(train) == 45_000 and len(np.union1d(train, valid)) == 50_000

@@ -88,7 +88,7 @@ def decode_text(row:dict # text
     return dict(text=np.frombuffer(row['text'].encode(), np.uint8))
 
 DECODERS['wikitext-2-v1'] = Decoder('text', decode_text, ragged=('text',))
-DECODERS['bundled_prose'] = DECODERS['wikitext-2-v1']
+DECODERS['bundled_prose'] = DECODERS['bundled_texts'] = DECODERS['wikitext-2-v1']
 
 # %% ../../nbs/core/01d_decoders.ipynb #b82c90e4
 def read_sound(data:bytes # a whole file of sound

@@ -59,6 +59,11 @@ register(
         licence='PSF-2.0 (data/README.md)',
         citation='the language reference that comes inside Python',
         bundled=True, how='made by tools/make_bundled_prose.py'),
+    Source(
+        'bundled_texts', ('name', 'text'), dict(test=10),
+        licence='PSF-2.0 and Apache-2.0 (data/README.md)',
+        citation='a module of Python, its test texts in Chinese, Japanese and Korean, and texts of our own',
+        item='name', bundled=True, how='made by tools/make_bundled_texts.py'),
 )
 
 # %% ../../nbs/core/01a_sources.ipynb #5f58a6f4

@@ -98,7 +98,7 @@ def segments(raw:bytes, size:int=SEGMENT) -> list: # of bytes
     return [raw[a:b] for a, b in zip(cuts, cuts[1:])]
 
 def in_threads(work, parts:list, total:int, what:str) -> list: # work(part, told=...), bytes in all
-    "At most four at a time, which take 0.9 GB."
+    "At most two at a time, each of 0.2 GB: with PyTorch, which takes half of it, a process stays below 1 GB."
     from tqdm import tqdm
     stop = threading.Event()
     bar = tqdm(total=total, desc=what, unit='B', unit_scale=True, disable=None if total > 10**6 else True)
@@ -106,7 +106,7 @@ def in_threads(work, parts:list, total:int, what:str) -> list: # work(part, told
         if stop.is_set():
             raise InterruptedError('another segment was interrupted')
         bar.update(len(part))
-    with bar, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    with bar, ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
         try:
             return list(pool.map(partial(work, told=told), parts))
         except BaseException:
