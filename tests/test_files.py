@@ -225,6 +225,31 @@ def test_options_of_another_kind_are_refused(files, command):
     refused(command, "unknown value of channels 'each'", 'encode', files/'tone.wav', '--channels', 'each')
 
 
+# Recipes
+
+@pytest.mark.parametrize('name', ['photo.png', 'tone.wav', 'photo.txt'])
+def test_a_grid_says_what_it_is_and_comes_back(files, command, name):
+    assert command('encode', files/name, '--recipe', 'grid', '--quality') == (0, '')
+    file = files/f'{name}.puzzle.json'
+    puzzles, meta = load_puzzles(file)
+    assert meta['recipe'] == 'grid' and load_puzzles(files/f'{name}.json')[1]['recipe'] == 'stream'
+    assert not puzzles.equal(load_puzzles(files/f'{name}.json')[0])
+    assert command('decode', file)[0] == 0
+    refused(command, "unknown recipe 'gird': did you mean 'grid'?", 'encode', files/name, '--recipe', 'gird',
+            '-o', files/'x.json')
+    save_puzzles(files/'bad.json', puzzles, meta | dict(recipe='girth'))
+    refused(command, "bad.json: its meta says unknown recipe 'girth'", 'decode', files/'bad.json')
+    save_puzzles(files/'bad.json', puzzles, meta | dict(recipe='stream'))
+    refused(command, 'was written with weights', 'decode', files/'bad.json')
+
+
+def test_a_picture_of_many_tiles_as_a_grid(files):
+    shades = np.linspace(0, 255, 150).astype(np.uint8)
+    Image.fromarray(np.stack([np.tile(shades, (100, 1))]*3, 2)).save(files/'wide.png')
+    assert vision.encode_file(files/'wide.png', files/'wide.json', recipe='grid') == 4*5
+    assert float(vision.quality_of(files/'wide.png', files/'wide.json').split()[1]) > 30
+
+
 # Good files are read
 
 def test_a_png_with_much_text(files):

@@ -20,6 +20,7 @@ from .mel import BANDS, CEILING, FLOOR, FRAMES, mel
 from .walk import in_coding_order
 from ..codec.exact import act, exact, from_integers, leaky, snap, to_integers
 from ..codec.files import check_holder, weights_path
+from ..codec.recipes import Recipes
 from ..codec.step_codec import WalkCodec, log_step_of
 from ..codec.tables import Alphabet, Tables, load_tables
 from ..core.checkpoint import load_state, save_state
@@ -110,9 +111,10 @@ def check_mels(mels): # -> float32 (B, 128, 32)
     return mels.float().cpu().clamp(FLOOR, CEILING)
 
 # %% ../../nbs/audio/06_codec.ipynb #9ba73fbb
-class AudioPuzzle(OnHub, WalkCodec):
+class AudioPuzzle(Recipes, OnHub, WalkCodec):
     "Log-mel spectrograms (B, 128, 32) in dB to puzzles uint8 (B, 30, 30) and back, from the digits alone."
     system, packaged = '02_audio_puzzle', weights_path('audio_puzzle')
+    recipes = dict(stream='audio.codec:AudioPuzzle', grid='audio.grid:SoundGrid')
     mel, check = staticmethod(mel), staticmethod(check_mels)
     walk, spread, finest = compiled_walk, SPREAD, FINEST
     tries = ((-3, 1.2), (-1, 1.05))                 # more attempts: index beside the searched one, factor

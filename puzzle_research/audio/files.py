@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np, torch, torch.nn.functional as F
 
-from .codec import WEIGHTS, AudioPuzzle
+from .codec import AudioPuzzle
 from .mel import RATE, SAMPLES, mel, to_waveform
 from ..codec.files import filled, in_blocks, open_puzzles, write_puzzles
+from ..codec.recipes import STREAM
 from ..core.decoders import resampled
 from ..core.params import nearest
 from ..core.sounds import check_rate, read_channels
@@ -74,12 +75,16 @@ def _spectrograms(path, channels): # -> dB (B, 128, 32), notes, meta
 
 def encode_file(path, # .wav, .flac, .ogg, .mp3 ...
     out, # puzzle file to write
-    channels:str='mix' # several into one, or each `apart`
+    channels:str='mix', # several into one, or each `apart`
+    recipe:str=STREAM # or grid
 ) -> int: # puzzles written
-    "Sound file to puzzle file, with the packaged weights; one puzzle a second, and a channel."
+    """Sound file to puzzle file, with the packaged weights; one puzzle a second, and a channel. Raises
+    ValueError for a recipe that there is not."""
+    recipe = AudioPuzzle.recipe_called(recipe)
     mels, notes, meta = _spectrograms(path, channels)
-    puzzles = in_blocks(AudioPuzzle.from_pretrained().encode, mels, 'encoding')
-    return write_puzzles(out, puzzles, path, WEIGHTS, notes, **meta)
+    codec = AudioPuzzle.from_pretrained(recipe=recipe)
+    puzzles = in_blocks(codec.encode, mels, 'encoding')
+    return write_puzzles(out, puzzles, path, codec.packaged, notes, recipe=recipe, **meta)
 
 # %% ../../nbs/audio/09_files.ipynb #72a9c6f6
 def quality_of(path, puzzle_file, # sound, what `encode_file` made of it
@@ -87,8 +92,9 @@ def quality_of(path, puzzle_file, # sound, what `encode_file` made of it
 ) -> str:
     "How far the spectrogram that comes back is off."
     mels, *_ = _spectrograms(path, channels)
-    puzzles, _ = open_puzzles(puzzle_file, 'sound', ('samples', 'rate'), WEIGHTS)
-    decoded = in_blocks(AudioPuzzle.from_pretrained().decode, puzzles, 'decoding')
+    puzzles, meta = open_puzzles(puzzle_file, 'sound', ('samples', 'rate'), AudioPuzzle)
+    codec = AudioPuzzle.from_pretrained(recipe=meta['recipe'])
+    decoded = in_blocks(codec.decode, puzzles, 'decoding')
     return f'spectrogram off by {F.mse_loss(decoded, mels).sqrt():.2f} dB RMS'
 
 # %% ../../nbs/audio/09_files.ipynb #22eb0a21
@@ -146,9 +152,10 @@ def decode_file(path, # puzzle file
     "Puzzle file to sound file. Raises ValueError for a file of something else, and for one that was changed."
     _format(path, out)
     sizes = 'samples', 'rate'
-    puzzles, meta = open_puzzles(path, 'sound', sizes, WEIGHTS, number=_seconds_said, check=check)
+    puzzles, meta = open_puzzles(path, 'sound', sizes, AudioPuzzle, number=_seconds_said, check=check)
     samples, rate, (channels, gain) = meta['samples'], meta['rate'], _kept(meta)
-    mels = in_blocks(AudioPuzzle.from_pretrained().decode, puzzles, 'decoding')
+    codec = AudioPuzzle.from_pretrained(recipe=meta['recipe'])
+    mels = in_blocks(codec.decode, puzzles, 'decoding')
     waves = torch.cat([to_waveform(m) for m in mels.split(64)])
     waves = filled(waves, channels*puzzles_of(samples, rate))
     x = [resampled(wave.flatten().numpy(), RATE, rate)[:samples] for wave in waves.chunk(channels)]

@@ -57,10 +57,10 @@ def measure_codec(name:str, m, budget:Budget, seed:int=0) -> dict: # name -> num
     "All measures of one codec; what `read_items` gives is not among them."
     codec = codec_of(name, m, budget.make_seconds, seed, budget.steps)
     res = dict(learned_numbers=codec.learned_numbers) | measure_code(codec, m)
-    puzzles = codec.encode(m.test)
-    train = codec.encode(m.train[:len(m.train)//2])
-    res['bits_a_digit'] = bits_a_digit(train, puzzles, budget.prior_seconds, budget.steps, seed=seed)
-    res['accuracy'] = read_digits(codec, m, puzzles, budget.read_seconds, budget.steps, seed)
+    puzzles, train = codec.encode(m.test), codec.encode(m.train)
+    half = train[:len(train)//2]
+    res['bits_a_digit'] = bits_a_digit(half, puzzles, budget.prior_seconds, budget.steps, seed=seed)
+    res['accuracy'] = read_digits(train, m, puzzles, budget.read_seconds, budget.steps, seed)
     return res
 
 # %% ../../nbs/bench/04_board.ipynb #55d6e2ad

@@ -95,6 +95,8 @@ def encode(
                                                'a picture, a name or #rrggbb; default white.')] = None,
     channels:Annotated[Optional[str], option(metavar='mix|apart', help='Channels of a sound: mixed into one '
                                              '(default), or each coded apart.')] = None,
+    recipe:Annotated[Optional[str], option(metavar='stream|grid', help='stream (default) keeps most; in a '
+                                           'grid every digit means the same wherever it stands.')] = None,
     quality:Annotated[bool, option('--quality', help='Decode what was written, and say how near it is: PSNR '
                                    'of a picture, dB of a spectrogram.')] = False,
 ):
@@ -112,7 +114,7 @@ def encode(
     options = _known_options(module, dict(background=background, channels=channels))
     out = out or file.with_name(f'{file.name}.puzzle.json')
     with whole_output(out, file, force, '.json') as aside:
-        n = _module(module).encode_file(file, aside, **options)
+        n = _module(module).encode_file(file, aside, **options, **(dict(recipe=recipe) if recipe else {}))
         said = f', {_quality(module, file, aside, options)}' if quality else ''
     _tell(out, f"{out}: {n} puzzle{'s' if n != 1 else ''}{said}")
 

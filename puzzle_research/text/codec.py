@@ -13,6 +13,7 @@ from torch import nn
 from ..codec.exact import from_integers, to_integers
 from ..codec.files import check_holder, weights_path
 from ..codec.range_coder import RangeDecoder
+from ..codec.recipes import Recipes
 from ..core.checkpoint import load_state, save_state
 from ..core.model_hub import OnHub
 from ..core.puzzle import CELLS, from_digits, to_digits
@@ -40,10 +41,11 @@ def check_texts(texts) -> list: # of str
     return list(texts)
 
 # %% ../../nbs/text/09_codec.ipynb #5744aa9f
-class LanguagePuzzle(OnHub, nn.Module):
+class LanguagePuzzle(Recipes, OnHub, nn.Module):
     """Texts (list of str) to puzzles uint8 (B, 30, 30) and back, without loss. A text uses as many cells as
     it needs; the others are 0."""
     system, packaged = '03_language_puzzle', weights_path('language_puzzle')
+    recipes = dict(stream='text.codec:LanguagePuzzle', grid='text.grid:TextGrid')
     lanes = 512 # texts at a time
     longest_raw = 147 # characters that always fit
 

@@ -12,9 +12,10 @@ import numpy as np, torch
 from fastcore.basics import patch
 
 from ..codec.files import content_id, open_puzzles, write_puzzles
+from ..codec.recipes import STREAM
 from ..core.puzzle import CELLS, from_digits, to_digits
 from .any_text import decode_any, encode_any, is_segment
-from .codec import WEIGHTS, LanguagePuzzle, check_texts
+from .codec import LanguagePuzzle, check_texts
 from .stream import LONGEST
 
 # %% ../../nbs/text/11_files.ipynb #fd15cb65
@@ -79,13 +80,19 @@ def read_text(path) -> str:
                          'Save it as UTF-8 first, or is it not a text?') from None
 
 # %% ../../nbs/text/11_files.ipynb #252e1afe
-def encode_file(path, out) -> int: # puzzles written
-    "Text file to puzzle file, with the packaged weights."
-    text = read_text(path)
-    is_long = len(text) > SHORT
-    puzzles = from_digits(encode_any(text)) if is_long else LanguagePuzzle.from_pretrained().encode_text(text)
-    return write_puzzles(out, puzzles, path, WEIGHTS, kind='text', characters=len(text))
+def encode_file(path, out, # text, puzzle file to write
+    recipe:str=STREAM # or grid
+) -> int: # puzzles written
+    "Text file to puzzle file, with the packaged weights. Raises ValueError for a recipe that there is not."
+    recipe, text = LanguagePuzzle.recipe_called(recipe), read_text(path)
+    if recipe == STREAM and len(text) > SHORT:              # which needs no network
+        puzzles = from_digits(encode_any(text))
+    else:
+        puzzles = LanguagePuzzle.from_pretrained(recipe=recipe).encode_text(text)
+    weights = LanguagePuzzle.of_recipe(recipe).packaged
+    return write_puzzles(out, puzzles, path, weights, kind='text', recipe=recipe, characters=len(text))
 
+# %% ../../nbs/text/11_files.ipynb #c0238f7e
 def _check_text(path, content, text, meta): # bytes that were read from the digits, and as a str
     if len(text) != meta['characters']:
         raise ValueError(f"{path} gives {len(text):,} characters, its meta says {meta['characters']:,}: "
@@ -97,10 +104,10 @@ def decode_file(path, out, # puzzle file, text file to write
     check=True # refuse a file that was changed
 ):
     "Puzzle file to text file. Raises ValueError for a file of something else, or one that was changed."
-    puzzles, meta = open_puzzles(path, 'text', ['characters'], WEIGHTS, least=0, check=check)
-    text = adaptive_text(puzzles)
+    puzzles, meta = open_puzzles(path, 'text', ['characters'], LanguagePuzzle, least=0, check=check)
+    text = adaptive_text(puzzles) if meta['recipe'] == STREAM else None
     if text is None:
-        text = ''.join(LanguagePuzzle.from_pretrained().decode(puzzles))
+        text = ''.join(LanguagePuzzle.from_pretrained(recipe=meta['recipe']).decode(puzzles))
     content = text.encode('utf-8')
     if check:
         _check_text(path, content, text, meta)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLACES', 'PAD', 'ESCAPED', 'KINDS', 'RECORD', 'LOST', 'kind_of', 'rows_needed', 'frequent', 'by_company', 'arrange',
-           'to_pairs', 'records', 'to_text', 'lines_of_cells', 'pairs_of_cells', 'TextGrid']
+           'to_pairs', 'records', 'to_text', 'lines_of_cells', 'pairs_of_cells', 'TextGrid', 'load_table']
 
 # %% ../../nbs/text/20_grid.ipynb #b72e3fbc
 import unicodedata
@@ -12,8 +12,12 @@ from collections import Counter
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
+from ..codec.files import weights_path
+from ..core.model_hub import OnHub
 from ..core.puzzle import check
+from ..core.runs import load_state, save_state
 from .codec import check_texts
 
 # %% ../../nbs/text/20_grid.ipynb #a45cc549
@@ -121,8 +125,10 @@ def pairs_of_cells(puzzles:np.ndarray) -> np.ndarray: # the inverse
     lines = puzzles.reshape(-1, 15, 2, 30).astype(int)
     return (10*lines[:, :, 0] + lines[:, :, 1]).reshape(-1, PLACES)
 
-class TextGrid:
+class TextGrid(OnHub):
     "Texts of up to 445 characters to uint8 puzzles (B, 30, 30), and back to the letter."
+    system, packaged = '09_readable_puzzles', weights_path('text_grid')
+
     def __init__(self, table:list): # (100) characters, '' at `PAD` and `ESCAPED`
         self.table, self.place_of = table, {c: i for i, c in enumerate(table) if c}
 
@@ -142,3 +148,32 @@ class TextGrid:
         "Raises ValueError for what is not a batch of puzzles."
         check(puzzles)
         return [to_text(pairs, self.table) for pairs in pairs_of_cells(np.asarray(puzzles))]
+
+# %% ../../nbs/text/20_grid.ipynb #84cde2de
+@patch
+def encode_text(self:TextGrid, text:str) -> torch.Tensor: # uint8 (N, 30, 30), N >= 1, in order
+    "A text of any length, each puzzle as full as can be."
+    text = check_texts([text])[0]
+    costs, pieces, begin = [1 if c in self.place_of else 1 + RECORD for c in text], [], 0
+    room = PLACES - RECORD
+    for end, cost in enumerate(costs):
+        if cost > room:
+            pieces, begin, room = [*pieces, text[begin:end]], end, PLACES - RECORD
+        room -= cost
+    return self.encode([*pieces, text[begin:]])
+
+@patch
+def decode_text(self:TextGrid, puzzles) -> str: # uint8 (N, 30, 30) of one text
+    return ''.join(self.decode(puzzles))
+
+@patch
+def save(self:TextGrid, path): save_state(path, dict(characters=self.table))
+
+def load_table(path) -> TextGrid:
+    "Read what `TextGrid.save` wrote. Raises ValueError for a file that is not whole, or of something else."
+    state = load_state(path)
+    if not isinstance(state, dict) or 'characters' not in state:
+        raise ValueError(f'{path} holds other weights than those of TextGrid')
+    return TextGrid(state['characters'])
+
+TextGrid.load = staticmethod(load_table)

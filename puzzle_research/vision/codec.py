@@ -13,6 +13,7 @@ from torch import nn
 
 from ..codec.exact import from_integers, leaky, to_integers
 from ..codec.files import check_holder, weights_path
+from ..codec.recipes import Recipes
 from ..codec.step_codec import BUDGET, STEPS, WalkCodec, log_step_of
 from ..codec.tables import Alphabet, Tables, load_tables
 from ..codec.trellis import trellis
@@ -53,10 +54,11 @@ def check_images(images): # -> uint8 (B, 3, 32, 32)
                          'expected torch.uint8 (B, 3, 32, 32). For pictures of other sizes use encode_file')
     return images.cpu()
 
-class VisionPuzzle(OnHub, WalkCodec):
+class VisionPuzzle(Recipes, OnHub, WalkCodec):
     """Pictures uint8 (B, 3, 32, 32) to puzzles uint8 (B, 30, 30) and back: three digits name the quantiser's
     step, 897 are the stream."""
     system, packaged = '01_vision_puzzle', weights_path('vision_puzzle')
+    recipes = dict(stream='vision.codec:VisionPuzzle', grid='vision.grid:GridPuzzle')
     check, prepare = staticmethod(check_images), staticmethod(in_coding_order)
     walk, spread, leap, trellis = walk, 28., STEPS, trellis(4)
 

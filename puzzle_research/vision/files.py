@@ -12,9 +12,10 @@ import torch, torch.nn.functional as F
 from einops import rearrange
 
 from ..codec.files import filled, in_blocks, open_puzzles, write_puzzles
+from ..codec.recipes import STREAM
 from ..core.diagnose import psnr
 from ..core.pictures import check_colour, read_picture
-from .codec import WEIGHTS, VisionPuzzle
+from .codec import VisionPuzzle
 
 # %% ../../nbs/vision/08_files.ipynb #c56bbf60
 def to_tiles(picture): # uint8 (3, H, W) -> uint8 (N, 3, 32, 32)
@@ -46,13 +47,17 @@ def open_picture(path,
 
 # %% ../../nbs/vision/08_files.ipynb #55718abb
 def encode_file(path, out, # picture, puzzle file to write
-    background='white' # colour under what is transparent
+    background='white', # colour under what is transparent
+    recipe:str=STREAM # or grid
 ) -> int: # puzzles written
-    "Picture to puzzle file, with the packaged weights."
+    "Picture to puzzle file, with the packaged weights. Raises ValueError for a recipe that there is not."
+    recipe = VisionPuzzle.recipe_called(recipe)
     picture, notes = open_picture(path, background)
-    puzzles = in_blocks(VisionPuzzle.from_pretrained().encode, to_tiles(picture), 'encoding')
+    codec = VisionPuzzle.from_pretrained(recipe=recipe)
+    puzzles = in_blocks(codec.encode, to_tiles(picture), 'encoding')
     _, height, width = picture.shape
-    return write_puzzles(out, puzzles, path, WEIGHTS, notes, kind='picture', height=height, width=width)
+    return write_puzzles(out, puzzles, path, codec.packaged, notes, kind='picture', recipe=recipe,
+                         height=height, width=width)
 
 # %% ../../nbs/vision/08_files.ipynb #d89a476b
 HOW_TO_SAVE = {'.png': {}, '.jpg': dict(quality=95), '.jpeg': dict(quality=95), '.webp': dict(lossless=True),
@@ -64,9 +69,10 @@ def _tiles_said(meta): # how many puzzles, of what
 
 def _decoded(path, check): # -> uint8 (3, H, W)
     sizes = 'height', 'width'
-    puzzles, meta = open_puzzles(path, 'picture', sizes, WEIGHTS, number=_tiles_said, check=check)
+    puzzles, meta = open_puzzles(path, 'picture', sizes, VisionPuzzle, number=_tiles_said, check=check)
     height, width = meta['height'], meta['width']
-    tiles = in_blocks(VisionPuzzle.from_pretrained().decode, puzzles, 'decoding')
+    codec = VisionPuzzle.from_pretrained(recipe=meta['recipe'])
+    tiles = in_blocks(codec.decode, puzzles, 'decoding')
     return from_tiles(filled(tiles, tiles_of(height, width)), height, width)
 
 def decode_file(path, out, # puzzle file, picture to write
