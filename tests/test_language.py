@@ -1,5 +1,5 @@
 "The language codec as its users meet it: the packaged weights, files, the command line, runs."
-import hashlib, lzma, math
+import hashlib, lzma, math, signal, time
 
 import numpy as np, pytest, torch
 
@@ -19,8 +19,8 @@ from puzzle_research.text.stream import WINDOWED, read_head
 from puzzle_research.text.windows import joined, windows
 from puzzle_research.text.word_list import unpack
 from puzzle_research.text.word_model import learned_numbers
-from shared import CHOSEN, PAPERMILL, SMALL, as_options, assert_same_run
-from shared import finish, killed_and_resumed, only_run, start
+from shared import CHOSEN, PAPERMILL, PUZZLE, SMALL, as_options, assert_same_run
+from shared import finish, killed_and_resumed, only_run, start, wait_until
 
 SYSTEM = '03_language_puzzle'
 
@@ -217,6 +217,25 @@ def test_200_kilobytes(tmp_path, prose):
 def test_10_megabytes(tmp_path):
     raw = joined(load('wikitext-2-v1', 'train')).encode()[:10_000_000]
     there_and_back(tmp_path, raw.decode(errors='ignore').encode())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('what', ['encode', 'decode'])
+def test_an_interrupted_file_leaves_nothing(tmp_path, what):
+    "Ctrl-C while a text of 2 MB is coded: one line, exit 130, no file."
+    source = tmp_path/'t.txt'
+    source.write_text(noise('ascii', 2_000_000))
+    if what == 'decode':
+        encode_file(source, tmp_path/'t.json')
+        source = tmp_path/'t.json'
+    before = set(tmp_path.iterdir())
+    p = start([PUZZLE, what, source, '-o', tmp_path/('x.json' if what == 'encode' else 'x.txt')], tmp_path)
+    wait_until(lambda: set(tmp_path.iterdir()) != before, p)
+    time.sleep(3)
+    p.send_signal(signal.SIGINT)
+    out, _ = p.communicate(timeout=60)
+    assert p.returncode == 130 and 'nothing was written' in out and 'Traceback' not in out
+    assert set(tmp_path.iterdir()) == before
 
 
 def test_changed_or_missing_puzzles_are_noticed(tmp_path, prose):

@@ -107,7 +107,9 @@ def main():
     command, argv = typer.main.get_command(app), join_params(sys.argv[1:])
     if not argv or argv == ['data']:
         argv.append('--help')
-    how = 'interrupted; go on with `puzzle run NOTEBOOK --resume RUN`'
+    files = argv[:1] in (['encode'], ['decode'])
+    how = 'nothing was written' if files else 'go on with `puzzle run NOTEBOOK --resume RUN`'
+    how = f'interrupted; {how}'
     try:
         code = command.main(argv, prog_name='puzzle', standalone_mode=False)
     except (KeyboardInterrupt, Interrupted) as e:

@@ -103,10 +103,10 @@ def encode(
     """Turn a file into puzzles, 30x30 grids of digits in an ARC JSON file.
 
     One for each 32x32 tile of a picture, each second of a sound, of a text about 1,000
-    characters of a short English one. Long texts fill their puzzles: 2,200 characters of 124 kB of Python,
-    3,900 of 77 kB of JSON, 1,000 of 42 kB of Markdown, 1,500 of the 35 kB of the GPL; what no model can
-    foretell gets 440 characters of ASCII, 370 bytes of any other. What of the file the puzzles do not hold is
-    said, and noted in the puzzle file.
+    characters of a short English one. Long texts fill their puzzles: 1,500 to 2,700 characters of Python,
+    4,000 to 9,600 of JSON, 1,360 to 2,170 of Markdown, 1,350 to 1,470 of the GPL and its like (files of 23
+    to 300 kB); what no model can foretell gets 440 characters of ASCII, 370 bytes of any other. What of the
+    file the puzzles do not hold is said, and noted in the puzzle file.
     """
     from puzzle_research.core.outputs import whole_output
     module = _codec(file)

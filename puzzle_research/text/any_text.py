@@ -4,12 +4,10 @@
 
 # %% auto #0
 __all__ = ['SIGNS', 'BLOCK', 'MARK', 'PLAIN', 'BYTES', 'LEARNED', 'READERS', 'SEGMENT', 'SIZES', 'HEAD', 'plain_digits',
-           'plain_bytes', 'byte_digits', 'bytes_of', 'choose_digits', 'encode_segment', 'is_segment', 'read_sizes',
-           'decode_segment', 'segments', 'in_threads', 'encode_any', 'decode_any']
+           'plain_bytes', 'byte_width', 'byte_digits', 'bytes_of', 'choose_digits', 'encode_segment', 'is_segment',
+           'read_sizes', 'decode_segment', 'segments', 'in_order', 'encode_any', 'decode_any']
 
 # %% ../../nbs/text/17_any_text.ipynb #53acd56a
-import os, threading
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -34,6 +32,8 @@ def plain_bytes(digits, size:int) -> bytes:
 
 def _number_width(n): return len(str(256**n - 1)) if n else 0 # digits of a block of n bytes
 
+def byte_width(n): return n//BLOCK*_number_width(BLOCK) + _number_width(n % BLOCK) # digits of n bytes
+
 def byte_digits(raw:bytes) -> np.ndarray: # uint8 (n,)
     blocks = [raw[i:i + BLOCK] for i in range(0, len(raw), BLOCK)]
     written = ''.join(str(int.from_bytes(b, 'big')).zfill(_number_width(len(b))) for b in blocks)
@@ -57,12 +57,13 @@ SIZES = (9, 7)      # digits of the numbers of bytes and of puzzles
 HEAD = len(MARK) + 1 + sum(SIZES)
 
 def choose_digits(raw:bytes, told) -> tuple: # model, digits
-    "The shortest of what the models write."
-    model, fixed = PLAIN, plain_digits(raw)
-    if fixed is None:
-        model, fixed = BYTES, byte_digits(raw)
-    learned = learned_digits(raw, len(fixed), told)
-    return (model, fixed) if learned is None else (LEARNED, learned)
+    "The shortest of what the models write; a fixed one writes only where it is needed."
+    signs = not raw.translate(None, SIGNS.tobytes())
+    most = 2*len(raw) if signs else byte_width(len(raw))
+    learned = learned_digits(raw, most, told)
+    if learned is not None:
+        return LEARNED, learned
+    return (PLAIN, plain_digits(raw)) if signs else (BYTES, byte_digits(raw))
 
 def encode_segment(raw:bytes, told=len) -> np.ndarray: # uint8 (puzzles, CELLS)
     model, digits = choose_digits(raw, told)
@@ -97,26 +98,19 @@ def segments(raw:bytes, size:int=SEGMENT) -> list: # of bytes
             cuts[k] -= 1
     return [raw[a:b] for a, b in zip(cuts, cuts[1:])]
 
-def in_threads(work, parts:list, total:int, what:str) -> list: # work(part, told=...), bytes in all
-    "At most two at a time, each of 0.2 GB: with PyTorch, which takes half of it, a process stays below 1 GB."
+def in_order(work, parts:list, total:int, what:str) -> list: # work(part, told=...), bytes in all
+    "With a bar above 1 MB."
     from tqdm import tqdm
-    stop = threading.Event()
-    bar = tqdm(total=total, desc=what, unit='B', unit_scale=True, disable=None if total > 10**6 else True)
-    def told(part):
-        if stop.is_set():
-            raise InterruptedError('another segment was interrupted')
-        bar.update(len(part))
-    with bar, ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        try:
-            return list(pool.map(partial(work, told=told), parts))
-        except BaseException:
-            stop.set()
-            raise
+    hidden = None if total > 10**6 else True
+    with tqdm(total=total, desc=what, unit='B', unit_scale=True, disable=hidden) as bar:
+        def told(part):
+            bar.update(len(part))
+        return [work(part, told=told) for part in parts]
 
 # %% ../../nbs/text/17_any_text.ipynb #f560e308
 def encode_any(text:str, size:int=SEGMENT) -> np.ndarray: # uint8 (puzzles, CELLS), at least one
     raw = text.encode('utf-8')
-    return np.concatenate(in_threads(encode_segment, segments(raw, size), len(raw), 'encode'))
+    return np.concatenate(in_order(encode_segment, segments(raw, size), len(raw), 'encode'))
 
 def decode_any(digits:np.ndarray) -> str: # uint8 (puzzles, CELLS)
     "Raises ValueError naming the puzzle that begins no segment, or a segment that is not whole."
@@ -128,4 +122,4 @@ def decode_any(digits:np.ndarray) -> str: # uint8 (puzzles, CELLS)
                              'puzzles are missing or changed')
         parts.append(digits[at:at + puzzles])
         at, total = at + puzzles, total + size
-    return b''.join(in_threads(decode_segment, parts, total, 'decode')).decode('utf-8', errors='replace')
+    return b''.join(in_order(decode_segment, parts, total, 'decode')).decode('utf-8', errors='replace')
