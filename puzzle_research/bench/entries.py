@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..audio.codec import AudioPuzzle
+from ..audio import codec as sounds
 from ..audio.grid import SoundGrid
 from ..audio.grid_training import loudness_loss
 from ..audio.mel import to_db, unit
@@ -28,7 +28,7 @@ from ..codec.reading import spend
 from ..core.config import nearest
 from ..core.diagnose import fit_digits, fit_pca
 from ..core.quantize import count_parameters, make_quantizer, update_quantizers
-from ..vision.codec import VisionPuzzle
+from ..vision import codec as pictures
 from ..vision.grid import GridPuzzle, grid_loss
 from ..vision.grid_training import digits_of
 from ..vision.published import PublishedVAE, published_loss
@@ -155,8 +155,9 @@ def components(m, seconds, seed, steps=None): return ComponentCodec(m)
 
 # %% ../../nbs/bench/03_entries.ipynb #8b926d19
 def stream(m:Modality, seconds, seed, steps=None):
-    codec = (VisionPuzzle if m.name == 'image' else AudioPuzzle).from_pretrained()
-    return with_numbers(codec, count_parameters(codec))
+    module, kind = (pictures, 'VisionPuzzle') if m.name == 'image' else (sounds, 'AudioPuzzle')
+    codec = getattr(module, kind).from_pretrained()
+    return with_numbers(codec, module.learned_numbers(codec))
 
 def grid_of_pictures(m:Modality, seconds:float, seed:int, steps:int=None):
     torch.manual_seed(seed)
