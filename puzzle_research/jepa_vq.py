@@ -22,12 +22,13 @@ from .jepa.figures import draw_answers, draw_gradients, draw_neighbours, draw_tr
 from .jepa.items import batches, open_items
 from .jepa.measures import (code_metrics, in_units, measure, probe_metrics, rank_metrics,
                                            retrieval_metrics, trained_metrics)
-from .jepa.model import JEPA, learned_numbers
+from .jepa.model import learned_numbers
 from .jepa.probes import Probes, without_words
 from .jepa.race import against_published, against_twin, pace_metrics
 from .jepa.recipes import BOUNDS, CHOICES, PRESETS
 from .jepa.retrieval import TestSet, embeddings, retrieval, without_network
 from .jepa.training import said_by_monitor, stages, trained, trainer
+from .jepa.use import JEPA, draw_task_words
 from .jepa.whitening import unwhitened, whiten
 from .jepa.words import draw_code_use, draw_vocabulary, draw_words, export_words, words_of
 
@@ -100,6 +101,8 @@ def _train_stage(cfg, run, items, name, stage): # Config of the stage
     whiten(t.module, items.train)
     state = dict(weights=t.module.cpu().state_dict(), seconds=t.seconds, steps=t.step)
     save_state(run.dir/f'{name}.safetensors', state)
+    if own:
+        t.module.save(run.dir/JEPA.in_run)
 
 def train(cfg, run):
     "All stages of a run: the model, its twin and the published network; the comparison; the collapse."

@@ -165,6 +165,7 @@ def stage(run, name, compute): # -> what `compute()` gave
 def train_published(cfg, run, space) -> dict: # weights, snapshots, seconds, marks, chosen step
     trainer = train_pair(cfg, run, space)
     clock = trainer.find(Clock)
+    trainer.module.cpu().save(run.dir/DualPathway.in_run)
     return dict(weights=trainer.module.cpu().state_dict(),
                 snapshots=trainer.find(Snapshots).weights,
                 seconds=clock.seconds,
@@ -174,6 +175,7 @@ def train_published(cfg, run, space) -> dict: # weights, snapshots, seconds, mar
 
 def train_ours(cfg, run, space) -> dict: # weights, seconds, marks, attempts
     model, clock = train_attempts(cfg, run, space)
+    model.save(run.dir/SharedCode.in_run)
     return dict(weights=model.state_dict(), **clock)
 
 def train_variant(cfg, run, name, epochs) -> dict: # split -> pathway -> of `measure`; seconds, marks

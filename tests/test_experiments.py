@@ -2,7 +2,9 @@
 import json
 
 import pytest
+import torch
 
+from puzzle_research.core import publish
 from puzzle_research.core.config import root
 from puzzle_research.core.report import render
 
@@ -45,3 +47,21 @@ def test_its_notebook_shows_no_warning(run):
     outputs = [output for cell in cells for output in cell.get('outputs', [])]
     said = ''.join(text for o in outputs if o.get('name') == 'stderr' for text in o['text'])
     assert 'Warning' not in said, said
+
+
+def says(model):
+    "What a model makes of the same question each time."
+    if hasattr(model, 'specimen'):
+        return model.specimen()
+    return model.decode(torch.arange(2*900).view(2, 30, 30).remainder(10).to(torch.uint8))
+
+
+def test_its_models_come_back_to_the_bit_and_would_be_packed(run, tmp_path, monkeypatch):
+    kinds = publish.models_of(run.system)
+    for kind in kinds:
+        model = kind.from_pretrained(run.dir)
+        again = kind.from_pretrained(model.save_pretrained(tmp_path/kind.__name__))
+        assert says(again) == says(model) if isinstance(says(model), list) else says(again).equal(says(model))
+    assert publish.weights_of(run.dir) == {}             # of budget test
+    monkeypatch.setattr(publish, 'worth_shipping', lambda manifest: True)
+    assert len(publish.weights_of(run.dir)) == len(kinds)

@@ -119,8 +119,8 @@ def test_empty_slots_and_absent_grids_change_nothing(batch, recipe):
     noisy, empty = {k: v.clone() for k, v in batch.items()}, ~of_batch(batch).mask
     for name, value in dict(colour=3, perimeter=3, shape=True, box=2).items():
         noisy[name][empty] = value
-    p, t, codes = model.embed(batch)
-    p2, t2, _ = model.embed(noisy)
+    p, t, codes = model.unit_sides(batch)
+    p2, t2, _ = model.unit_sides(noisy)
     assert torch.allclose(p, p2, atol=1e-4) and torch.allclose(t, t2, atol=1e-4)
     assert len(codes) == of_batch(batch).mask.sum()
 
@@ -135,7 +135,7 @@ def test_eval_freezes_every_buffer(batch, recipe):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     for _ in range(2):
         model(batch)
-        model.embed(batch)
+        model.unit_sides(batch)
     update_codes(model)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -209,9 +209,9 @@ def test_whitening_raises_the_rank_and_training_sees_nothing_of_it(items, batch,
     assert small_model(recipe=recipe, whitening=0.).whitener is None
     model = small_model(recipe=recipe, whitening=1.).eval()
     torch.manual_seed(1)
-    loss, before = model(batch)[0], model.embed(batch)[1]
+    loss, before = model(batch)[0], model.unit_sides(batch)[1]
     whiten(model, items.train)
-    after, maps = model.embed(batch)[1], {k: v.clone() for k, v in model.whitener.state_dict().items()}
+    after, maps = model.unit_sides(batch)[1], {k: v.clone() for k, v in model.whitener.state_dict().items()}
     assert effective_rank(after) > effective_rank(before)
     assert torch.allclose(after.norm(dim=1), torch.ones(len(after)), atol=1e-5)
     torch.manual_seed(1)

@@ -61,7 +61,7 @@ def _tell(out, text):
     print(text, file=sys.stderr if is_stream(out) else sys.stdout)
 
 
-def _must_exist(file):
+def must_exist(file):
     if file.is_dir():
         raise Usage(f'{file} is a folder; name a file in it')
     if not file.exists():
@@ -110,7 +110,7 @@ def encode(
     """
     from puzzle_research.core.outputs import whole_output
     module = _codec(file)
-    _must_exist(file)
+    must_exist(file)
     options = _known_options(module, dict(background=background, channels=channels))
     out = out or file.with_name(f'{file.name}.puzzle.json')
     with whole_output(out, file, force, '.json') as aside:
@@ -131,7 +131,7 @@ def decode(
 ):
     "Turn a puzzle file back into what it was, from its digits alone, if they are those that were written."
     from puzzle_research.core.outputs import whole_output
-    _must_exist(file)
+    must_exist(file)
     module, ending = _held(file)
     out = out or _decoded_name(file, ending)
     if out.suffix and _codec(out) != module:

@@ -203,10 +203,7 @@ def chooser(show, names, pick, accept, read):
 # %% ../../nbs/guides/03_explore.ipynb #ffb9fbe3
 def explore_pictures() -> Explorer:
     "Photographs by both recipes."
-    photos = torch.from_numpy(np.array(load('bundled_photos', 'train').arrays['image'][:]))
-    grid = GridPuzzle()
-    grid.fit_blocks(photos)
-    codecs = dict(stream=VisionPuzzle.from_pretrained(), grid=grid.eval())
+    codecs = dict(stream=VisionPuzzle.from_pretrained(), grid=GridPuzzle.from_pretrained())
     test = torch.from_numpy(np.array(load('bundled_photos', 'test').arrays['image'][:12]))
     names = [(f'photograph {i}', i) for i in range(len(test))]
     controls = chooser(lambda x: explorer.show(x), names, lambda i: test[i:i + 1], 'image/*', picture_of)
@@ -268,9 +265,8 @@ class Recorder(anywidget.AnyWidget):
 # %% ../../nbs/guides/03_explore.ipynb #5abc37d0
 def explore_sounds() -> Explorer:
     "Spoken words by both recipes."
-    train, test = (clips('speech_commands', split, 'bundled') for split in ('train', 'test'))
-    grid = SoundGrid().fit(train.mel, train.mask)
-    codecs = dict(stream=AudioPuzzle.from_pretrained(), grid=grid.eval())
+    test = clips('speech_commands', 'test', 'bundled')
+    codecs = dict(stream=AudioPuzzle.from_pretrained(), grid=SoundGrid.from_pretrained())
     names, recorder = [(f'recording {i}', i) for i in range(12)], Recorder()
     def read(raw):
         return sound_of(*read_sound(raw))

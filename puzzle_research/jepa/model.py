@@ -16,6 +16,7 @@ from torch import nn
 from ..arc.features import adjacency
 from ..arc.objects import of_batch
 from ..arc.views import random_views, recoloured, shifted, turned
+from ..core.model_hub import OnHub, weights_path
 from ..core.quantize import count_parameters, freeze
 from .encoder import Block, RelationalEncoder, WordEncoder, masked_mean
 from .losses import REGULARIZERS, info_nce, relations
@@ -63,8 +64,9 @@ def normed_head(width:int, dim:int):
 PARTS = dict(seed=(RelationalEncoder, published_head), best=(WordEncoder, normed_head)) # by recipe
 
 # %% ../../nbs/jepa/04_model.ipynb #c6475819
-class JEPA(nn.Module):
-    "Predict the embedding of the next grid: `forward` gives the loss and its parts, `embed` both embeddings."
+class JEPA(OnHub, nn.Module):
+    "Predict the embedding of the next grid: `forward` gives the loss and its parts, `unit_sides` both sides."
+    system, in_run, budget, packaged = '04_jepa_vq', 'jepa.safetensors', 'small', weights_path('jepa')
     DIM = 256
     def __init__(self, cfg):
         super().__init__()
@@ -143,7 +145,7 @@ def sides(self:JEPA, batch): # -> context and target (B, d) before whitening; co
     return p.float(), target.float(), e.q.indices[flat_grids(o).mask]
 
 @patch
-def embed(self:JEPA, batch): # -> context and target embeddings (B, d), length 1; codes of the present objects
+def unit_sides(self:JEPA, batch): # -> context and target embeddings (B, d) of length 1; codes as above
     p, t, codes = self.sides(batch)
     if self.whitener is not None:
         p, t = self.whitener['context'](p), self.whitener['target'](t)

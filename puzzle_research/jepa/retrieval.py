@@ -118,7 +118,7 @@ def embeddings(model, items:Items, device:str='cpu', size:int=512) -> tuple:
     model = model.to(device)
     with evaluating(model):
         for rows in torch.arange(len(items)).split(size):
-            p, t, used = model.embed({k: v.to(device) for k, v in items.batch(rows).items()})
+            p, t, used = model.unit_sides({k: v.to(device) for k, v in items.batch(rows).items()})
             sides.append((p.cpu(), t.cpu()))
             if codes:
                 usage.update(used.cpu())

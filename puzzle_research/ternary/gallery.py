@@ -45,9 +45,8 @@ def returned(models, # {model: module}
             found[LOOK[f'{m} {n}'][0]] = path.decode(path.sample(x.float())[0]).argmax(-1) - 1
     return found
 
-@torch.no_grad()
 def codes_of(model, x) -> list: # SharedCode; operations (n, 9) -> texts of nine digits
-    return [''.join(map(str, code)) for code in model.log_code(x.float()).argmax(-1).tolist()]
+    return [''.join(map(str, code)) for code in model.encode(x).tolist()]
 
 # %% ../../nbs/ternary/16_gallery.ipynb #03efd74f
 def draw_gallery(models): # {model: module}

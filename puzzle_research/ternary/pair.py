@@ -10,6 +10,8 @@ import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
+from ..core.model_hub import OnHub, weights_path
+from .operations import all_operations
 from .pathway import Pathway, normal_kl
 
 # %% ../../nbs/ternary/02_pair.ipynb #75a2dd5f
@@ -49,8 +51,10 @@ class StateNet(nn.Module):
     def forward(self, state): return self.net(state)
 
 # %% ../../nbs/ternary/02_pair.ipynb #5449cfb7
-class DualPathway(nn.Module):
+class DualPathway(OnHub, nn.Module):
     "The published pair: two latents (B, 16), two outputs (B, 9, 3) of logits; 168,770 parameters."
+    system, in_run, packaged = '05_ternary_vae', 'pair.safetensors', weights_path('ternary_pair')
+
     def __init__(self):
         super().__init__()
         self.encoder_a, self.decoder_a = Encoder(), mlp(16, 32, 64, 27)
@@ -63,6 +67,11 @@ class DualPathway(nn.Module):
 
     def decode(self, za, zb):
         return self.decoder_a(za).unflatten(1, (9, 3)), self.decoder_b(zb).unflatten(1, (9, 3))
+
+    @torch.no_grad()
+    def specimen(self): # logits (56, 9, 3) of every 729th operation, by both pathways
+        (a, _), (b, _) = self.encode(all_operations()[::729].float())
+        return torch.cat(self.decode(a, b))
 
     def parameters_of(self, name): # 'a' or 'b' -> the parameters of that pathway
         parts = (f'encoder_{name}', f'decoder_{name}')

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..core.fit import Batches, Evaluate, Progress, Trainer, one_cycle_linear
 from ..core.measure import often
+from ..core.model_hub import OnHub, weights_path
 from .callbacks import Clock
 from .coverage import joint
 from .losses import reconstruction_loss
@@ -21,8 +22,10 @@ from .operations import all_operations
 from .pathway import Pathway, choice, measure
 
 # %% ../../nbs/ternary/10_shared_code.ipynb #a03d4183
-class SharedCode(nn.Module):
+class SharedCode(OnHub, nn.Module):
     "Nine slots z = Wx + b, each with a mixture of three Gaussians; the component is the code."
+    system, in_run, packaged = '05_ternary_vae', 'code.safetensors', weights_path('ternary_code')
+
     def __init__(self, learn_prior:bool=False, # also learn the weights of the components
                  scale:float=1.2 # of the latent
     ):
@@ -57,6 +60,22 @@ def log_code(self:SharedCode, x): # (B, 9) -> log q(code | x) (B, 9, 3)
 @patch
 def read(self:SharedCode, z): # (B, 9) -> logits (B, 9, 3)
     return -self.sharpness.exp()*(self.decoder(z)[..., None] - self.values).square()
+
+# %% ../../nbs/ternary/10_shared_code.ipynb #6886d69c
+@patch
+@torch.no_grad()
+def encode(self:SharedCode, operations): # (n, 9) of -1, 0, 1 -> codes (n, 9) of 0, 1, 2
+    return self.log_code(operations.float()).argmax(-1)
+
+@patch
+@torch.no_grad()
+def decode(self:SharedCode, codes): # (n, 9) of 0, 1, 2 -> operations (n, 9) of -1, 0, 1
+    return self.read(self.points[codes]).argmax(-1) - 1
+
+@patch
+@torch.no_grad()
+def specimen(self:SharedCode): # logits (28, 9, 3) of every 729th operation
+    return self.read(self.encoder(all_operations()[::729].float()))
 
 # %% ../../nbs/ternary/10_shared_code.ipynb #4186e108
 NODES, WEIGHTS = (torch.from_numpy(a).float() for a in np.polynomial.hermite_e.hermegauss(24))
