@@ -78,38 +78,42 @@ def _keep_best(cand, total, keep, best, cost):
 
 # %% ../../nbs/codec/12_additive.ipynb #5eadccac
 @numba.njit(cache=True)
-def _extend(ahead, path, best, live, s, gram, ahead_next, path_next):
+def _extend(ahead, best, live, s, twice, ahead_next):
     "Sums number best//10, each with codeword best%10 of stage s added to it."
     for b in range(live):
         source, word = best[b]//10, s*10 + best[b]%10
-        ahead_next[b, s*10 + 10:] = ahead[source, s*10 + 10:] + 2*gram[word, s*10 + 10:]
-        path_next[b, :s] = path[source, :s]
-        path_next[b, s] = best[b]%10
+        # unsigned indices cannot be negative: without a test for that the loop is vector instructions
+        for w in range(np.uint64(s*10 + 10), np.uint64(ahead.shape[1])):
+            ahead_next[b, w] = ahead[source, w] + twice[word, w]
+
+@numba.njit(cache=True)
+def _trace(best, digits):
+    "Digits of the best sum, from the choices (stages, width) of every stage."
+    at = 0
+    for s in range(len(best) - 1, -1, -1):
+        digits[s], at = best[s, at]%10, best[s, at]//10
 
 # %% ../../nbs/codec/12_additive.ipynb #f058de42
 @numba.njit(cache=True)
-def _beam(products, gram, width, digits):
-    "Digits (n, stages) of sums near u, from u . codeword (n, 10 stages) and the Gram matrix of codewords."
+def _beam(products, twice, width, digits):
+    "Digits (n, stages) of sums near u, from u . codeword (n, 10 stages) and twice the Gram matrix."
     n, total = products.shape
-    stages = total//10
-    ahead = np.empty((width, total), np.float32)
-    path = np.empty((width, stages), np.uint8)
-    ahead_next, path_next = ahead.copy(), path.copy()
-    cost = np.zeros(width, np.float32)
-    cand = np.empty(width*10, np.float32)
-    best = np.empty(width, np.int64)
+    ahead, ahead_next = np.empty((2, width, total), np.float32)
+    cost, cand = np.zeros(width, np.float32), np.empty(width*10, np.float32)
+    best = np.empty((total//10, width), np.int64)
+    own = np.diag(twice)/2
     for i in range(n):
         live, cost[0] = 1, 0.
         ahead[0] = -2*products[i]
-        for s in range(stages):
+        for s in range(len(best)):
             for c in range(live*10):
                 word = s*10 + c%10
-                cand[c] = cost[c//10] + ahead[c//10, word] + gram[word, word]
+                cand[c] = cost[c//10] + ahead[c//10, word] + own[word]
             keep = min(width, live*10)
-            _keep_best(cand, live*10, keep, best, cost)
-            _extend(ahead, path, best, keep, s, gram, ahead_next, path_next)
-            ahead, ahead_next, path, path_next, live = ahead_next, ahead, path_next, path, keep
-        digits[i] = path[0]
+            _keep_best(cand, live*10, keep, best[s], cost)
+            _extend(ahead, best[s], keep, s, twice, ahead_next)
+            ahead, ahead_next, live = ahead_next, ahead, keep
+        _trace(best, digits[i])
 
 # %% ../../nbs/codec/12_additive.ipynb #150d0040
 def beam_search(x:torch.Tensor, # (n, d)
@@ -119,7 +123,7 @@ def beam_search(x:torch.Tensor, # (n, d)
     "Digits whose sum of codewords is near x. A width of 1 is the greedy choice."
     words = books.detach().float().flatten(0, 1)
     digits = np.empty((len(x), len(books)), np.uint8)
-    _beam((x.float() @ words.T).numpy(), (words @ words.T).numpy(), width, digits)
+    _beam((x.float() @ words.T).numpy(), 2*(words @ words.T).numpy(), width, digits)
     return torch.from_numpy(digits)
 
 # %% ../../nbs/codec/12_additive.ipynb #0a8b0541
