@@ -19,8 +19,10 @@ from .tuning import KNOBS
 
 # %% ../../nbs/lm/29_cognate_figures.ipynb #8e5b2afe
 # the last two may lie on each other
-PAINT = dict(plain_adamw=('grey', '-'), our_muon=('orange', '-'), main=('blue', '--'))
-LABEL = dict(main='our model, MuGrokfast', our_muon='our model, Muon', plain_adamw='plain transformer, AdamW')
+PAINT = dict(plain_adamw=('grey', '-'), plain_muon=('green', '-'), plain_muon_at_equal_time=('green', ':'),
+             our_muon=('orange', '-'), main=('blue', '--'))
+LABEL = dict(main='ours, MuGrokfast', our_muon='ours, Muon', plain_adamw='plain, AdamW',
+             plain_muon='plain, Muon', plain_muon_at_equal_time='plain, Muon, as long as ours')
 
 def _band(ax, x, curves, color, dash='-', label=None): # curves (seeds, points)
     curves = np.array(curves)
@@ -55,7 +57,7 @@ def draw_stages(seeds:list, stages:list): # legs of each seed, sets of each stag
     return fig
 
 # %% ../../nbs/lm/29_cognate_figures.ipynb #62f9d9ae
-MARKS = dict(adamw=('grey', 'o'), muon=('orange', 'o'), mugrokfast=('blue', 'D'))
+MARKS = dict(adamw=('grey', 'o'), plain_muon=('green', 'o'), muon=('orange', 'o'), mugrokfast=('blue', 'D'))
 TICKS = (.0005, .002, .01, .05)
 
 def _knobs(how): # in words

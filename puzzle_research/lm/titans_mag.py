@@ -15,6 +15,7 @@ from torch import nn, Tensor
 
 from .attention import Block, first_of_document, positions, visible
 from .memory import MemoryState, _decays, _relative, empty_memory, memory_scan
+from .recall import Recall, followers
 
 # %% ../../nbs/lm/08_titans_mag.ipynb #15a2fa0d
 class NeuralMemory(nn.Module):
@@ -140,13 +141,15 @@ class TitansMAG(nn.Module):
         capacity:float=None, # writes' worth; None: 4096, and for decay the published .99
         surprise_threshold:float=0., chunk:int=64,
         dropout:float=0., rope:bool=True,
-        gated:bool=True # False: memory is added, not mixed by a gate
+        gated:bool=True, # False: memory is added, not mixed by a gate
+        recall:int=0 # longest run of tokens looked up in the document so far; 0: none
     ):
         super().__init__()
         self.window, self.max_len = window, math.inf if rope else max_len
         self.embed, self.position = nn.Embedding(vocab, d), None if rope else nn.Embedding(max_len, d)
         self.blocks = nn.ModuleList(Block(d, n_heads, d_ff, window, dropout, rope) for _ in range(layers))
         self.norm = nn.RMSNorm(d, eps=1e-6)
+        self.recall = Recall(d, recall) if recall else None
         self.memory = _memory(memory, d, d_mem, memory_heads, capacity, surprise_threshold, chunk)
         self.gate = Gate(d, mag_hidden) if self.memory is not None and gated else None
         self.apply(_init)
@@ -171,6 +174,7 @@ def _init(m): # the published initialisation
 class Cache(NamedTuple):
     "What reading on needs. Made by `forward`."
     past:list # keys and values of each layer, the last window - 1 tokens
+    tokens:Tensor # (B, S) these tokens
     doc:Tensor # (B, S) their documents
     at:Tensor # (B,) tokens of the running document so far
     memory:MemoryState
@@ -188,19 +192,30 @@ def forward(self:TitansMAG,
     doc = self.documents(tokens, doc, cache)
     first = first_of_document(doc, cache.doc[:, -1] if cache else None)
     at = positions(first, cache.at if cache else None)
-    x = self.embed(tokens)
-    if self.position is not None:
-        x = x + self.position(self._within(at))
-    seen = torch.cat([cache.doc, doc], 1) if cache else doc
+    read, seen = (torch.cat(pair, 1) for pair in zip(cache[1:3], (tokens, doc))) if cache else (tokens, doc)
+    x = self._embedded(read, seen, at)
     mask, past = None if alone else visible(doc, seen, self.window), []
     for i, block in enumerate(self.blocks):
         x, kv = block(x, at, mask, cache.past[i] if cache else None)
         past.append(tuple(self.last(y) for y in kv) if keep else None)
     x, numbers, memory = self._remember(self.norm(x), first, cache.memory if cache else None)
-    cache = Cache(past, seen[:, -max(1, self.window - 1):], at[:, -1] + 1, memory) if keep else None
-    return x, numbers, cache
+    if not keep:
+        return x, numbers, None
+    read, seen = (y[:, -max(1, self.window - 1):] for y in (read, seen))
+    return x, numbers, Cache(past, read, seen, at[:, -1] + 1, memory)
 
 # %% ../../nbs/lm/08_titans_mag.ipynb #fd938d29
+@patch
+def _embedded(self:TitansMAG, read, seen, at): # tokens and documents (B, S), positions (B, T) -> (B, T, d)
+    T = at.shape[1]
+    x = self.embed(read[:, -T:])
+    if self.position is not None:
+        x = x + self.position(self._within(at))
+    if self.recall is not None:
+        found = followers(read, seen, self.recall.order, self.window, last=T)
+        x = x + self.recall(found, self.embed.weight)
+    return x
+
 @patch
 def documents(self:TitansMAG, tokens, doc=None, cache=None) -> Tensor: # (B, T)
     "The document of each token: as given, else that of the cache, else one."

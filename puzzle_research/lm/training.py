@@ -20,7 +20,7 @@ from .optimizer import MuGrokfast, parameter_groups
 
 # %% ../../nbs/lm/23_training.ipynb #eea77a8a
 def make_optimizer(cfg, model,
-    kind:str, # adamw, muon, muon_grokfast or mugrokfast; Grokfast's part is `SlowGradient`
+    kind:str, # adamw; muon or plain_muon; muon_grokfast or mugrokfast, whose slow part is `SlowGradient`
     rate:float, # of hidden matrices
     embed_rate:float, # of the embedding
     momentum:float=.95 # of Muon

@@ -59,14 +59,15 @@ class RecursiveLM(nn.Module):
     "A language model that thinks `cycles` times about each token, or until it needs no more."
     def __init__(self, backbone:TitansMAG, cycles:int=3, micro_steps:int=2, n_heads:int=8,
         halt_threshold:float=0., # a token halts once its need is below; 0: never. In eval mode only
-        detach_cycles:bool=False # cut answer and thought from the graph between cycles: less memory
+        detach_cycles:bool=False, # cut answer and thought from the graph between cycles: less memory
+        thin:int=1 # answers before the last are scored at every thin-th token: the head is the dearest part
     ):
         super().__init__()
         if not 0 <= halt_threshold <= 1:
             raise ValueError(f'halt_threshold is {halt_threshold}; expected 0 (never halt) to 1 (at once)')
         d = backbone.embed.weight.shape[1]
         self.backbone, self.cycles = backbone, cycles
-        self.halt_threshold, self.detach_cycles = halt_threshold, detach_cycles
+        self.halt_threshold, self.detach_cycles, self.thin = halt_threshold, detach_cycles, thin
         self.recursion = Recursion(d, n_heads, micro_steps) if cycles else None
         self.halt = nn.Linear(d, 1) if cycles else None
 
@@ -117,15 +118,17 @@ def loss(self:RecursiveLM,
     gate_reward:float=.001 # for the entropy of the memory's gate
 ) -> tuple: # loss, {name: tensor}
     "Deep supervision + expected loss and price of halting - reward for an open gate. Per token, in nats."
-    C, target = self.cycles + 1, next_tokens(tokens, doc, scored).flatten()
-    w, out = torch.tensor(_weights(C, supervision), device=tokens.device), self(tokens, doc)
-    each = token_losses(out.answers.flatten(0, 2), self.head, target.repeat(C)).unflatten(0, (C, -1))
-    real = target >= 0
-    ce = each.sum(1)/real.sum().clamp(min=1)
+    target, out = next_tokens(tokens, doc, scored).flatten(), self(tokens, doc)
+    w = torch.tensor(_weights(self.cycles + 1, supervision), device=tokens.device)
+    last = token_losses(out.answers[-1].flatten(0, 1), self.head, target)
+    ce = last.sum()[None]/(target >= 0).sum().clamp(min=1)
     numbers = {k: v for k, v in out.numbers.items() if v.ndim == 0}
     act, halts, gate = ce.new_zeros(()), {}, ce.new_zeros(())
     if self.cycles:
-        act, halts = self._ponder(out.halt.flatten(0, 1), each.detach().T, real, ponder_cost)
+        early, real = self._early(out.answers, target[::self.thin])
+        ce = torch.cat([early.sum(1)/real.sum().clamp(min=1), ce])
+        each = torch.cat([early, last[None, ::self.thin]]).detach().T
+        act, halts = self._ponder(out.halt.flatten(0, 1)[::self.thin], each, real, ponder_cost)
     if 'gate_entropy' in numbers:
         gate = -gate_reward*numbers['gate_entropy']
     metrics = dict(loss_ce=ce[-1]) | {f'loss_answer_{c}': v for c, v in enumerate(ce)} | numbers | halts
@@ -133,6 +136,12 @@ def loss(self:RecursiveLM,
     return w/w.sum() @ ce + act + gate, {k: v.detach() for k, v in metrics.items()}
 
 # %% ../../nbs/lm/10_trm.ipynb #7d78e458
+@patch
+def _early(self:RecursiveLM, answers, target): # (C+1, B, T, d), (n,) -> losses (C, n), real targets (n,)
+    "What the answers before the last cost, at every thin-th token."
+    h = answers[:-1].flatten(1, 2)[:, ::self.thin]
+    return token_losses(h.flatten(0, 1), self.head, target.repeat(len(h))).view(len(h), -1), target >= 0
+
 @patch
 def _ponder(self:RecursiveLM, halt, each, real, price): # (N, C), (N, C), bool (N,) -> loss, {name: tensor}
     p, need = halting(halt)

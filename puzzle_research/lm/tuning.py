@@ -9,18 +9,20 @@ __all__ = ['GRID', 'LAMBDAS', 'KNOBS', 'how_of', 'tuning_name', 'inside', 'tune'
 GRID = dict( # tried in this order, one after the other
     adamw=dict(rate=(1e-3, 2e-3, 4e-3), embed_rate=(1e-2, 2e-2, 4e-2)),
     muon=dict(rate=(1e-2, 2e-2, 4e-2), embed_rate=(2e-2, 4e-2, 8e-2), momentum=(.85, .9, .95)),
+    plain_muon=dict(rate=(1e-2, 2e-2, 4e-2), embed_rate=(2e-2, 4e-2, 8e-2), momentum=(.85, .9, .95)),
 )
 LAMBDAS = (.02, .1)
 KNOBS = ('rate', 'embed_rate', 'momentum', 'lamb')
 
 # %% ../../nbs/lm/25_tuning.ipynb #88addcc0
 def how_of(
-    rates:dict, # {adamw: dict, muon: dict, lamb: number}
-    kind:str # adamw, muon, muon_grokfast or mugrokfast
+    rates:dict, # {adamw: dict, muon: dict, plain_muon: dict, lamb: number}
+    kind:str # adamw, muon, plain_muon, muon_grokfast or mugrokfast
 ) -> dict: # how
-    "The rates that a kind of optimizer uses."
-    lamb = dict(lamb=rates['lamb']) if 'grokfast' in kind else {}
-    return rates['adamw' if kind == 'adamw' else 'muon'] | dict(kind=kind) | lamb
+    "The rates that a kind of optimizer uses; what has Grokfast in its name uses Muon's."
+    if 'grokfast' in kind:
+        return rates['muon'] | dict(kind=kind, lamb=rates['lamb'])
+    return rates[kind] | dict(kind=kind)
 
 def tuning_name(how:dict) -> str: # tune_adamw_0.001_0.02
     "The name of a training that tries a `how`."
