@@ -48,4 +48,5 @@ lock: install ## write requirements.txt from what pyproject.toml installs here
 install: .venv/.installed
 .venv/.installed: pyproject.toml requirements.txt
 	@PYTHON=$(PYTHON) tools/install.sh dev
+	@OMP_NUM_THREADS=1 $(BIN)/python tools/compile.py
 	@touch $@

@@ -9,7 +9,7 @@ __all__ = ['BUDGETS', 'BY_BUDGET', 'PRESETS', 'CHOICES', 'BOUNDS', 'Config', 'KN
 # %% ../nbs/01_vision_puzzle.ipynb #97ab704f
 from types import SimpleNamespace
 
-import matplotlib.pyplot as plt, torch
+import torch
 from torch import nn
 
 from .codec.published import load_published, save_published
@@ -20,6 +20,7 @@ from .core.diagnose import fidelity, style
 from .core.measure import criteria, metric
 from .core.report import result_table, show_report
 from .core.runs import begin, load_state, save_state
+from .core.style import plt
 from .vision.codec import WEIGHTS, VisionPuzzle, calibrate, learned_numbers
 from .vision.evaluation import anchor_table, fidelity_metrics, race
 from .vision.figures import draw_one_digit, draw_plane, draw_reconstructions

@@ -65,8 +65,13 @@ def cleaned(path:Path) -> str:
 
 
 def export(paths, to:Path):
+    "Modules that stay as they were keep their time: compiled functions are cached by it."
+    before = {f: (f.read_bytes(), f.stat()) for f in to.rglob('*.py')}
     for p in paths:
         nb_export(p, to)
+    for f, (data, was) in before.items():
+        if f.read_bytes() == data:
+            os.utime(f, ns=(was.st_atime_ns, was.st_mtime_ns))
 
 
 def readme() -> str:

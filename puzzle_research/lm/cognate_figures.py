@@ -82,11 +82,11 @@ def draw_tuning(ax, legs:dict):
 # %% ../../nbs/lm/29_cognate_figures.ipynb #81d83eb9
 def draw_clock(ax, legs:dict):
     "Bits of held-out text by the seconds of training."
-    for k, (color, _) in PAINT.items():
+    for k, (color, dash) in PAINT.items():
         if k in legs:
             at, seen = zip(*legs[k]['curve'])
             seconds = np.array(at)*legs[k]['seconds']/legs[k]['steps']
-            ax.plot(seconds, seen, '.-', color=COLORS[color], label=LABEL[k])
+            ax.plot(seconds, seen, f'.{dash}', color=COLORS[color], label=LABEL[k])
     ax.set(xlabel='seconds of training', ylabel='bits per byte, held-out text', title='By the clock')
     ax.legend(fontsize=7.5)
 
