@@ -6,19 +6,21 @@
 __all__ = ['SOLUTIONS', 'as_task', 'read_tasks', 'read_folder']
 
 # %% ../../nbs/arc/07_files.ipynb #fe0c3ec7
-import json
+import codecs
 from pathlib import Path
 
 import numpy as np
 
 from .grids import as_grid
 from .tasks import Task
+from ..core.files import parse_json
 
 # %% ../../nbs/arc/07_files.ipynb #711ce71b
 def _shape_of(grid, where):
     "Raises ValueError, naming `where`, for what is no list of rows of one length with whole numbers 0 to 9."
     if not (isinstance(grid, list) and grid and all(isinstance(row, list) for row in grid)):
-        raise ValueError(f'{where} is {type(grid).__name__}; expected a grid, a list of rows')
+        what = 'no list of rows' if grid else 'empty'
+        raise ValueError(f'{where} is {what}; expected a grid, a list of rows of numbers')
     widths = [len(row) for row in grid]
     odd = next((i for i, w in enumerate(widths) if w != widths[0]), None)
     if odd is not None:
@@ -74,11 +76,7 @@ def as_task(task, # what JSON holds of it
 # %% ../../nbs/arc/07_files.ipynb #9d572d22
 SOLUTIONS = '_challenges.json', '_solutions.json' # endings of the two files of Kaggle's
 
-def _read_json(path):
-    try:
-        return json.loads(Path(path).read_text(encoding='utf-8'))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f'{path} is not JSON ({e}); expected ARC tasks') from None
+def _read_json(path): return parse_json(Path(path).read_bytes().removeprefix(codecs.BOM_UTF8), str(path))
 
 def _is_task(content):
     if isinstance(content, list):
@@ -92,7 +90,11 @@ def _by_id(content, path): # id -> task, as JSON has them
         return {str(given or stem): content}
     if isinstance(content, list):
         ids = [t.get('id') or t.get('task_id') if isinstance(t, dict) else None for t in content]
-        return {str(id or f'{stem} {i}'): t for i, (id, t) in enumerate(zip(ids, content))}
+        ids = [str(id or f'{stem} {i}') for i, id in enumerate(ids)]
+        twice = next((id for id in ids if ids.count(id) > 1), None)
+        if twice is not None:
+            raise ValueError(f'{path} has two tasks of id {twice!r}')
+        return dict(zip(ids, content))
     if isinstance(content, dict) and content:
         return content
     raise ValueError(f'{path} holds no ARC task')
