@@ -89,12 +89,12 @@ def load_state(path:Path):
         said, tree = header.get('digest'), header['tree']
         if (said or header['sha256']) != _digest(tensors, tree if said else None):
             raise ValueError('checksum differs')
+        return unpack(tree, tensors)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as e:
         if isinstance(e, FileNotFoundError):
             raise
         why = f'checkpoint {Path(path).name} is not whole ({e}); expected a file written by save_state'
         raise TornCheckpoint(why) from e
-    return unpack(header['tree'], tensors)
 
 # %% ../../nbs/core/06b_checkpoint.ipynb #8086d6b2
 def rng_state() -> dict:
