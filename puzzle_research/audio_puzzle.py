@@ -48,7 +48,7 @@ from .audio.mel import to_waveform
 # %% ../nbs/02_audio_puzzle.ipynb #c004
 recipe:str = 'best' # seed: the published design; best: ours, which trains the published design beside it
 budget:str = 'quick' # test: seconds; quick: two to three minutes on two cores; full: the published numbers
-data:str = None # auto: Speech Commands, or the bundled commands in its place; real: Speech Commands; bundled
+data:str = None # auto: Speech Commands, or bundled ones in its place; real: those or stop; bundled; a path
 seed:int = 0 # of weights and batches
 device:str = 'auto' # of training; encoding and decoding are exact on the CPU
 run:str = '' # a run to take up: resumed where it stopped, only analysed again where it had finished
@@ -418,8 +418,8 @@ def notes(cfg, sounds) -> list:
         'describe test clips worse than those of a separable one. Both bounds hold for a Gaussian source in '
         'those components; sounds are not Gaussian.']
     if sounds.name != 'speech_commands':
-        said.append('The bundled synthetic commands stand in for Speech Commands: no number here is a Speech '
-                    'Commands number.')
+        said.append(f'{sounds.name} stands in for Speech Commands: no number here is a Speech Commands '
+                    'number.')
     if cfg.budget != 'full':
         said.append(f'Budget {cfg.budget}: trained for minutes at most; the published numbers are those of '
                     'budget full.')

@@ -46,7 +46,7 @@ from .text.word_training import RandomWindows, watch_words, word_trainer
 # %% ../nbs/03_language_puzzle.ipynb #c003
 recipe:str = 'best' # seed: the published small design; seed_large: the large one; best: ours, and the small
 budget:str = 'quick' # test: seconds; quick: two to three minutes on two cores; full: the published numbers
-data:str = None # auto: WikiText-2, else bundled prose (test, quick); real: WikiText-2 or stop (full); bundled
+data:str = None # auto: WikiText-2, else bundled prose; real: WikiText-2 or stop; bundled; or a path
 seed:int = 0 # of weights and batches
 device:str = 'auto' # of training; encoding and decoding are exact on the CPU
 run:str = '' # a run to take up: resumed where it stopped, only analysed again where it had finished
@@ -248,7 +248,7 @@ def notes(cfg, text, vq:dict) -> list: # of str
     if real:
         res[0] += ' It is the tokenised wikitext-2-v1, not the raw one.'
     else:
-        res.append('The bundled prose stands in for WikiText-2: no number here is a WikiText number, '
+        res.append(f'{text.name} stands in for WikiText-2: no number here is a WikiText number, '
                    'and the bars are those of WikiText-2.')
     if cfg.budget != 'full':
         res.append(f'Budget {cfg.budget}: trained for minutes at most, on a part of the train text; '

@@ -32,7 +32,7 @@ from .vision.training import train_context, train_polish, train_published
 # %% ../nbs/01_vision_puzzle.ipynb #b0803c03
 recipe:str = 'best' # seed: the published design at 32x32; best: ours, and the published one beside it
 budget:str = 'quick' # test: seconds; quick: two to three minutes on two cores; full: the published numbers
-data:str = None # auto: CIFAR-10 where it is found, else the bundled photos; real: CIFAR-10 or stop; bundled
+data:str = None # auto: CIFAR-10, or the bundled photos in its place; real: CIFAR-10 or stop; bundled; a path
 seed:int = 0 # of weights and batches
 device:str = 'auto' # of training; encoding and decoding are exact on the CPU
 run:str = '' # a run to take up: resumed where it stopped, only analysed again where it had finished
@@ -177,7 +177,7 @@ def summarise(cfg, photos, metrics, theirs, table) -> dict:
 def notes(cfg, photos) -> list: # sentences of the report
     res = [f'Measured on {photos.name}, {len(photos.test):,} test images; nothing was decided on them.']
     if photos.name != 'cifar10':
-        res.append('The bundled photographs stand in for CIFAR-10: no number here is a CIFAR-10 number, '
+        res.append(f'{photos.name} stands in for CIFAR-10: no number here is a CIFAR-10 number, '
                    'and the bars are those of CIFAR-10.')
     if cfg.budget != 'full':
         res.append(f'Budget {cfg.budget}: trained for minutes at most; '

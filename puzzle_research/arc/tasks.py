@@ -15,6 +15,7 @@ import numpy as np
 
 from .grids import as_grid, draw_grid, stack_grids, symmetry
 from ..core.data import Dataset, Decoder, find, load
+from ..core.params import refuse_own
 from ..core.parquet import open_parquet, read_batches
 from ..core.sources import source
 from ..core.style import plt
@@ -199,6 +200,7 @@ def rearc_tasks(
 ) -> tuple: # (list of Task, Dataset or None)
     """re-arc's examples of the training tasks, without pairs that are test puzzles.
     Raises FileNotFoundError for data='real' without the file."""
+    refuse_own(data, 'ARC tasks')
     path = find('re-arc', 'train')
     if path is None and data == 'real':
         raise FileNotFoundError('re-arc/train.parquet is not on this machine; get it from '

@@ -8,13 +8,15 @@ __all__ = ['COMMON', 'BaseConfig', 'make_config', 'parameters', 'configure']
 # %% ../../nbs/core/00_config.ipynb #655f6476
 import ast, os, re
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from fastcore.basics import patch
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, create_model, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, create_model
+from pydantic import model_validator
+
 from .device import pick_device, pick_precision, seed_everything
-from .params import (TYPES, Param, from_text, nearest, notebook_of, notebook_parameters,
-                                         parse_parameters, root, system_of)
+from .params import (TYPES, Param, from_text, is_own, nearest, notebook_of,
+                                         notebook_parameters, parse_parameters, root, system_of)
 
 # %% ../../nbs/core/00_config.ipynb #49017f66
 class BaseConfig(BaseModel):
@@ -82,13 +84,21 @@ COMMON = dict(
 )
 
 # %% ../../nbs/core/00_config.ipynb #81a91a9b
+def _known_or_own(data):
+    if data in COMMON['data'] or is_own(data):
+        return data
+    raise ValueError("'auto', 'real' or 'bundled', or your own: a path with a /, or hub:owner/name")
+
 def _field(param, choices, bounds): # (type, pydantic's Field)
     kind = Literal[tuple(choices[param.name])] if param.name in choices else param.type
+    if choices.get(param.name) is COMMON['data']:
+        kind = Annotated[str, AfterValidator(_known_or_own)]
     if param.name not in bounds:
         return kind, Field(default=param.default, description=param.doc)
     low, high = bounds[param.name]
     return kind, Field(default=param.default, ge=low, le=high, description=param.doc)
 
+# %% ../../nbs/core/00_config.ipynb #7c1d33aa
 def make_config(params:dict, # name -> `Param`
     presets:dict=None, # {recipe | budget | (recipe, budget): {name: value}}
     choices:dict=None, # name -> allowed values

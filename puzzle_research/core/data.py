@@ -17,7 +17,8 @@ from .decoders import BROKEN, DECODERS, Decoder, read_sound, resampled
 from .files import read_json
 from .fingerprint import cache_folder, sha256, verified_sha256
 from .hub import fetch
-from .params import nearest
+from .own import own
+from .params import is_own, nearest
 from .parquet import column_map, data_folders, find, open_parquet, read_batches
 from .places import near_misses
 from .seals import open_sealed
@@ -146,9 +147,20 @@ def _decoder(name):
     return DECODERS[name]
 
 # %% ../../nbs/core/01_data.ipynb #89473935
+def _named(name, data): # set, value of data that is auto, real or bundled
+    if is_own(data):
+        return own(data, name), 'real'
+    if data not in ('auto', 'real', 'bundled'):
+        known = ['auto', 'real', 'bundled', 'a path', 'hub:owner/name']
+        raise ValueError(nearest(data, known, 'value of data'))
+    if data == 'real' and source(name).bundled:
+        raise ValueError(f"{name} is the bundled set; data='real' excludes it")
+    return name, data
+
+# %% ../../nbs/core/01_data.ipynb #f6587052
 def load(name:str, # registered set
     split:str, # official split
-    data:str='auto', # auto, real or bundled
+    data:str='auto', # auto, real or bundled; or one's own, in its place: see `core.own`
     limit_rate:float=.01, # largest share of broken items
     decoder:Decoder=None, # how to read an item, DECODERS[name] if None
     progress:bool=None # show a bar; None: on a terminal
@@ -157,10 +169,7 @@ def load(name:str, # registered set
 
     Raises ValueError (unknown name, damaged file, many broken items), FileNotFoundError (not to be had)."""
     check_split(name, split)
-    if data not in ('auto', 'real', 'bundled'):
-        raise ValueError(nearest(data, ['auto', 'real', 'bundled'], 'value of data'))
-    if data == 'real' and source(name).bundled:
-        raise ValueError(f"{name} is the bundled set; data='real' excludes it")
+    name, data = _named(name, data)
     path, origin, why = (None, '', '') if data == 'bundled' else _real(name, split)
     if path is None and data == 'real':
         raise FileNotFoundError(f'{name}/{split} is not on this machine. {why}')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TYPES', 'root', 'carried', 'notebooks_folder', 'system_of', 'notebook_of', 'Param', 'parse_parameters',
-           'notebook_parameters', 'nearest', 'from_text']
+           'notebook_parameters', 'nearest', 'from_text', 'is_own', 'refuse_own']
 
 # %% ../../nbs/core/00a_params.ipynb #cbacc38e
 import ast, difflib, json, os, tokenize
@@ -105,3 +105,14 @@ def from_text(param:Param, text:str):
     except (ValueError, KeyError):
         expected = 'bool (true or false)' if param.type is bool else param.type.__name__
         raise ValueError(f'parameter {param.name!r} = {text!r}: expected {expected}') from None
+
+# %% ../../nbs/core/00a_params.ipynb #a09ebd8b
+def is_own(data:str) -> bool:
+    "Whether a value of `data` names one's own: a path, or `hub:...`."
+    return data.startswith(('hub:', '~')) or '/' in data or os.sep in data or '.parquet' in data
+
+def refuse_own(data:str, what:str): # what the notebook is about, in the plural
+    "Raise ValueError where own data cannot stand in for what a notebook is about."
+    if is_own(data):
+        raise ValueError(f'data = {data!r}: nothing else stands in for {what}; '
+                         "expected 'auto', 'real' or 'bundled'")

@@ -34,8 +34,9 @@ def find(name:str, # set
     """The Parquet file of a split; shards, and what `save_to_disk` wrote, are made one in the cache.
     Raises ValueError where some of its files are missing."""
     check_split(name, split)
-    for folder in data_folders():
-        files = split_files(folder/name, split, source(name).config)
+    s = source(name)
+    for folder in [Path(s.folder)] if s.folder else [f/name for f in data_folders()]:
+        files = split_files(folder, split, s.config)
         if files:
             return one_file(files, split)
 

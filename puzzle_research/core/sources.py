@@ -13,9 +13,7 @@ from .params import nearest
 # %% ../../nbs/core/01a_sources.ipynb #abcdc87c
 @dataclass(frozen=True)
 class Source:
-    """One data set of the bench.
-
-    The licence is the one commonly stated for the set: read its own text before you pass a copy on."""
+    "One data set. Its licence is the one commonly stated: read the set's own text before you pass it on."
     name:str
     columns:tuple
     splits:dict          # split -> published number of rows, None where it is not known
@@ -30,6 +28,7 @@ class Source:
     stand_in:str=''      # bundled set used when this one cannot be had
     bundled:bool=False
     files:str=''         # a folder of files with this pattern instead of Parquet
+    folder:str=''        # where its Parquet lies, of one's own; empty: it is looked for
 
 SOURCES = {}
 

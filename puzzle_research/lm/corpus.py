@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.config import nearest
 from ..core.data import cache_folder
+from ..core.params import is_own, nearest
 from ..core.seals import open_sealed
 from .overlap import overlap
-from .tasks import BUNDLED, BUNDLED_STAGES, STAGES, TASKS, records, task
+from .tasks import BUNDLED, BUNDLED_STAGES, STAGES, TASKS, own_task, records, task
 from .tokens import Packed, Tokenizer, pack, train_tokenizer
 
 # %% ../../nbs/lm/15_corpus.ipynb #2342708d
@@ -208,6 +208,9 @@ STAND_IN = ('THE BUNDLED TEXT stands in for the fourteen sets, none of which has
             'numbers on it are not numbers on them.')
 
 def _gather_all(data, sets, missing, used) -> tuple: # {part: {set: records}}, stages, notes
+    if is_own(data): # `sets` does not apply
+        own = own_task(data)
+        return {part: gather([own], part, missing, used) for part in PARTS}, [(own,)], []
     real = [s for s in sets or TASKS if s in TASKS] if data != 'bundled' else []
     found = {part: gather(real, part, missing, used) for part in PARTS}
     if found['train']:
@@ -227,15 +230,15 @@ def _only(stages, sets): # the stages with these sets
 
 # %% ../../nbs/lm/15_corpus.ipynb #ae402c97
 def build_corpus(
-    data:str='auto', # auto: the real sets that are found, bundled text where there is none; real; bundled
+    data:str='auto', # auto: the real sets that are found, else bundled text; real; bundled; or one's own
     vocab:int=8192, # entries of the tokenizer at most
     length:int=512, # tokens of a row
     sets=None # names; None: all
 ) -> Corpus:
     """Read, tokenise and pack all sets that can be had. Raises FileNotFoundError where data='real' and there
     is none, ValueError for a name, a vocabulary or a length that cannot be."""
-    if data not in ('auto', 'real', 'bundled'):
-        raise ValueError(nearest(data, ['auto', 'real', 'bundled'], 'value of data'))
+    if data not in ('auto', 'real', 'bundled') and not is_own(data):
+        raise ValueError(nearest(data, ['auto', 'real', 'bundled', 'a path'], 'value of data'))
     if not 8 <= length < 32_768:
         raise ValueError(f'rows of {length} tokens; expected 8 to 32,767')
     for s in sets or ():

@@ -148,7 +148,7 @@ def _scores(model, tok, s, test, train, part, n, execute, max_new) -> list: # [(
     if 'tests' in test[0] and execute:
         e = pass_at_1(model, tok, test, True, n, max_new)
         return [_score(f'pass_at_1_{s}', e['pass_at_1'], e['n'], part, {'trivial: no program': 0.})]
-    if task(s).kind == 'language':
+    if task(s).kind == 'language' and _parted(test[:n]):
         w = last_word(model, tok, test, train, n)
         base = {'trivial: most frequent last word of train': w['constant']}
         return [_score(f'last_word_{s}', w['accuracy'], w['n'], part, base)]

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..core.params import refuse_own
+
 # %% ../../nbs/ternary/00_operations.ipynb #26e1560c
 N = 3**9                                    # operations
 LN_N = 9*math.log(3)                        # their entropy in nats: what a lossless code must carry
@@ -118,6 +120,7 @@ def open_operations(cfg, # recipe, data, holdout, train_operations
     run=None # a `Run`, whose manifest then describes the data
 ) -> Space:
     "The operations and their split. Raises ValueError where `data` is real and they are not the known ones."
+    refuse_own(cfg.data, 'all ternary operations')
     ops = all_operations()
     digest = hashlib.sha256(ops.to(torch.int8).numpy().tobytes()).hexdigest()
     if cfg.data == 'real' and digest != SHA256:
