@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BUDGETS', 'COLUMNS', 'HEADS', 'MEANING', 'Budget', 'board_file', 'read_board', 'open_modality', 'measure_codec',
-           'add_to_board', 'codec_table', 'about', 'render_codecs', 'draw_codecs', 'write_codecs']
+           'add_to_board', 'codec_table', 'about', 'render_codecs', 'labels_apart', 'draw_codecs', 'write_codecs']
 
 # %% ../../nbs/bench/04_board.ipynb #53debe84
 import platform
@@ -116,7 +116,8 @@ MEANING = """\
   of a sound's time, a ninth of a text from the first wrong character on).
 - *readability*: accuracy of one small network on the digits, divided by the same network's on the items, in
   equal time.
-- *bits a digit* under a small causal network; noise has 3.32.
+- *bits a digit* under a small causal network; noise has 3.32. A text leaves cells empty, which cost next to
+  nothing here, and how many it leaves tells a reader something of its kind.
 - *shift*, *noise*: digits that change when the item moves by a pixel, a frame or a character, or gets a
   little noise.
 - *same alone*: digits that are the same when an item is encoded alone with another number of threads.
@@ -144,20 +145,42 @@ def render_codecs(folder:Path=None) -> str: # markdown of reports/codecs.md
         lines += ['Nothing is measured yet; `puzzle bench pca --quick` begins.', '']
     return '\n'.join([*lines, '## Columns', '', MEANING, ''])
 
+# %% ../../nbs/bench/04_board.ipynb #1e423bfd
+def labels_apart(places, widths, height:float=.055) -> list: # (x, y) and widths on [0, 1] -> a y for each
+    "From the lowest on, a label that would lie on another, or on a point, moves up until it does not."
+    taken = {}
+    def free(i, x, y):
+        beside = [j for j, p in enumerate(places) if j != i and -.01 < p[0] - x < widths[i]]
+        on_point = any(-.02 < places[j][1] - y < height for j in beside)
+        over = (taken[j] for j in taken if -widths[j] < places[j][0] - x < widths[i])
+        return not on_point and all(abs(y - other) >= height for other in over)
+    for i in sorted(range(len(places)), key=lambda i: places[i][1]):
+        x, y = places[i]
+        while not free(i, x, y):
+            y += .005
+        taken[i] = y
+    return [taken[i] for i in range(len(places))]
+
 # %% ../../nbs/bench/04_board.ipynb #758e0e2a
 def draw_codecs(part:dict): # -> figure
     "Fidelity against readability, a point a codec; its line ends where 1 % of the digits are wrong."
     style()
     fig, ax = plt.subplots(figsize=(5.6, 3.6), layout='constrained')
+    colors = {name: COLORS['orange' if name == 'grid' else 'blue'] for name in part['codecs']}
     for name, found in part['codecs'].items():
-        color = COLORS['orange'] if name == 'grid' else COLORS['blue']
         place = found['fidelity'], found['readability']
-        ax.plot([found['robust_1'], place[0]], [place[1]]*2, color=color, lw=.8, alpha=.6)
-        ax.plot(*place, 'o', color=color)
-        ax.annotate(name, place, (4, 4), textcoords='offset points', fontsize=8.5, color=color)
+        ax.plot([found['robust_1'], place[0]], [place[1]]*2, color=colors[name], lw=.8, alpha=.6)
+        ax.plot(*place, 'o', color=colors[name])
     ax.axhline(1, color=COLORS['grey'], lw=.8, ls='--')
+    ax.margins(.12)
     ax.set(xlabel=f"fidelity, {part['unit']}; the line ends where 1 % of the digits are wrong",
            ylabel='readability: digits / items')
+    fig.draw_without_rendering()                    # only then axes have their final limits
+    to_axes = ax.transData + ax.transAxes.inverted()
+    places = to_axes.transform([(f['fidelity'], f['readability']) for f in part['codecs'].values()])
+    widths = [.01 + .014*len(name) for name in colors]
+    for (name, color), (x, _), y in zip(colors.items(), places, labels_apart(places, widths)):
+        ax.text(x + .015, y + .01, name, transform=ax.transAxes, fontsize=8.5, color=color)
     return fig
 
 # %% ../../nbs/bench/04_board.ipynb #d237ace3

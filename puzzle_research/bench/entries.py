@@ -99,7 +99,8 @@ class CellCodec:
 
     @torch.no_grad()
     def decode(self, puzzles):
-        indices = take_digits(puzzles, self.net.block)
+        codes = self.net.vq.codebook_size           # a wrong digit may be none of them
+        indices = take_digits(puzzles, self.net.block).clamp(max=codes - 1)
         parts = [self.net.reconstruct(self.net.vq.decode(x)) for x in indices.split(250)]
         return torch.cat([to_items(self.m, x) for x in parts])
 

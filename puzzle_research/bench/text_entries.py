@@ -48,12 +48,14 @@ class NumberCodec:
 
     def decode(self, puzzles):
         numbers = (puzzles.view(-1, CELLS//3, 3).long()*torch.tensor([100, 10, 1])).sum(-1)
-        return [self.to_text([n for n in row if n != END]) for row in numbers.tolist()]
+        last = [max((i for i, n in enumerate(row) if n != END), default=-1) for row in numbers.tolist()]
+        return [self.to_text(row[:i + 1]) for row, i in zip(numbers.tolist(), last)]
 
 # %% ../../nbs/bench/02a_text_entries.ipynb #ca025b2b
 def fixed(m, seconds, seed, steps=None):
     "Bytes, each in three digits."
-    def to_text(row): return bytes(n for n in row if n < 256).decode(errors='replace')
+    def to_text(row): # what is no byte keeps its place
+        return bytes(n if n < 256 else ord('?') for n in row).decode(errors='replace')
     return TextItems(NumberCodec(lambda text: list(text.encode()), to_text))
 
 def byte_pairs(m, seconds, seed, steps=None):

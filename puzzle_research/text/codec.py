@@ -6,6 +6,8 @@
 __all__ = ['WEIGHTS', 'check_texts', 'LanguagePuzzle', 'cells_used', 'load_codec']
 
 # %% ../../nbs/text/09_codec.ipynb #c1956c2d
+import hashlib
+
 import numpy as np, torch
 from fastcore.basics import patch
 from torch import nn
@@ -17,6 +19,7 @@ from ..codec.recipes import Recipes
 from ..core.checkpoint import load_state, save_state
 from ..core.model_hub import OnHub
 from ..core.puzzle import CELLS, from_digits, to_digits
+from .compiled_model import words_of
 from .exact_model import ExactModel
 from .lexicon import Lexicon
 from .stream import (
@@ -52,11 +55,19 @@ class LanguagePuzzle(Recipes, OnHub, nn.Module):
     def __init__(self, lexicon):
         super().__init__()
         self.model = WordModel(lexicon)
+        self._words = b'', None     # digest of the weights, and they in fixed point
+
+    def words(self): # -> of the weights as they are now
+        weights = b''.join(p.detach().cpu().numpy().tobytes() for p in self.model.parameters())
+        digest = hashlib.sha256(weights).digest()
+        if digest != self._words[0]:
+            self._words = digest, words_of(ExactModel(self.model))
+        return self._words[1]
 
 # %% ../../nbs/text/09_codec.ipynb #e3e1dd4a
 @patch
 def _digits(self:LanguagePuzzle, texts): # -> digits (B, CELLS), used (B,): CELLS + 1 for what does not fit
-    exact, order = ExactModel(self.model), np.argsort([len(t) for t in texts], kind='stable')
+    model, order = (self.words(), self.model.lexicon), np.argsort([len(t) for t in texts], kind='stable')
     digits, used = np.zeros((len(texts), CELLS), np.uint8), np.full(len(texts), CELLS + 1)
     def keep(rows, written, needed):
         fits, width = needed <= CELLS, min(CELLS, written.shape[1])
@@ -64,7 +75,7 @@ def _digits(self:LanguagePuzzle, texts): # -> digits (B, CELLS), used (B,): CELL
         used[rows[fits]] = needed[fits]
     for i in range(0, len(texts), self.lanes):
         rows = order[i:i + self.lanes]
-        keep(rows, *write_modelled(exact, [texts[r] for r in rows]))
+        keep(rows, *write_modelled(*model, [texts[r] for r in rows]))
         short = [r for r in rows if used[r] > CELLS and len(texts[r]) <= self.longest_raw]
         if short:
             keep(np.array(short), *write_raw([texts[r] for r in short]))
@@ -115,14 +126,14 @@ def decode(self:LanguagePuzzle, puzzles, # uint8 (B, 30, 30)
     most:int=LONGEST # characters to read of each
 ) -> list: # of str
     "Texts, from the digits alone; any digits decode to some text."
-    digits, exact = to_digits(puzzles).numpy(), ExactModel(self.model)
+    digits, model = to_digits(puzzles).numpy(), (self.words(), self.model.lexicon)
     kinds, lengths = read_head(RangeDecoder(digits))
     lengths, out = lengths.clip(max=most), ['']*len(digits)
     for rows in self._groups(kinds, lengths):
         decoder, n = RangeDecoder(digits[rows]), lengths[rows]
         read_head(decoder)
         raw = kinds[rows[0]] == RAW
-        points = read_raw(decoder, n) if raw else read_modelled(exact, decoder, n)
+        points = read_raw(decoder, n) if raw else read_modelled(*model, decoder, n)
         for r, text in zip(rows, to_texts(points, n)):
             out[r] = text
     return out

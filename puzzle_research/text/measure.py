@@ -15,7 +15,7 @@ from ..core.measure import metric
 from ..core.puzzle import CELLS, from_digits, to_digits
 from .codec import cells_used
 from .exact_model import TOTAL, ExactModel, Lanes
-from .stream import HIGH, LOW
+from .compiled_model import HIGH, LOW
 from .windows import WINDOW
 from .word_model import learned_numbers
 
