@@ -453,8 +453,8 @@ def summarise(cfg, corpus, legs:dict, metrics:dict, baselines:dict, bits:dict) -
 CAPTIONS = dict(
     stages='Training loss of our model over the stages of the curriculum, and bits per byte of held-out text '
            'for the models of the comparison. With several seeds: means, and bands from lowest to highest.',
-    race='Rates tried on another seed (where they were tuned), and held-out text by the seconds that each '
-         'training took; other work on the machine makes them longer.',
+    race='Rates tried on another seed (where they were tuned), and held-out text by processor time, as '
+         'measured for a step of each model.',
     tokens='A test text. Colours: the surprise that a token gave the memory, the gate, the cycles it took.',
     lens='What each answer of the recursion would say next.',
     halting='Bits per byte against mean cycles a token, at several halting thresholds (labels).',
@@ -489,6 +489,7 @@ def draw_seeds(runs:list):
     style()
     seeds = [r.load('legs') for r in runs]
     put(runs[0], 'stages', draw_stages(seeds, open_text(Config(**runs[0].config)).stages))
-    if 'ablation_whole' in seeds[0]:
-        rows, steps = [ablated(legs) for legs in seeds], seeds[0]['ablation_whole']['steps']
-        put(runs[0], 'ablations', draw_ablations(rows, steps), steps, len(runs))
+    taken_apart = [legs for legs in seeds if 'ablation_whole' in legs]
+    if taken_apart:
+        rows, steps = [ablated(legs) for legs in taken_apart], taken_apart[0]['ablation_whole']['steps']
+        put(runs[0], 'ablations', draw_ablations(rows, steps), steps, len(rows))

@@ -81,17 +81,20 @@ def draw_tuning(ax, legs:dict):
 
 # %% ../../nbs/lm/29_cognate_figures.ipynb #81d83eb9
 def draw_clock(ax, legs:dict):
-    "Bits of held-out text by the seconds of training."
+    "Bits of held-out text by processor time, in steps of the plain transformer: ours takes longer for one."
+    rival = legs.get('plain_muon', dict(steps=1))
+    longer = rival.get('steps_at_equal_time', rival['steps'])/rival['steps']
     for k, (color, dash) in PAINT.items():
         if k in legs:
             at, seen = zip(*legs[k]['curve'])
-            seconds = np.array(at)*legs[k]['seconds']/legs[k]['steps']
-            ax.plot(seconds, seen, f'.{dash}', color=COLORS[color], label=LABEL[k])
-    ax.set(xlabel='seconds of training', ylabel='bits per byte, held-out text', title='By the clock')
+            time = np.array(at)*(1. if k.startswith('plain') else longer)
+            ax.plot(time, seen, f'.{dash}', color=COLORS[color], label=LABEL[k])
+    ax.set(xlabel='processor time, steps of the plain transformer', ylabel='bits per byte, held-out text',
+           title='At equal time')
     ax.legend(fontsize=7.5)
 
 def draw_race(legs:dict):
-    "Rates tried (where they were tuned), and each optimizer's way by the clock."
+    "Rates tried (where they were tuned), and each model's way by processor time."
     tuned = any(k.startswith('tune_') for k in legs)
     fig, axes = plt.subplots(1, 1 + tuned, figsize=(7.4 if tuned else 4.4, 2.9), squeeze=False)
     if tuned:
@@ -214,12 +217,13 @@ def draw_specialisations(legs:dict):
 # %% ../../nbs/lm/29_cognate_figures.ipynb #8d993759
 PARTS = dict(without_memory='without memory', without_gate='without gate',
              without_recursion='without recursion', without_halting='without halting (all cycles)')
-OTHERS = dict(adamw='AdamW', muon='Muon', muon_grokfast='Muon + Grokfast (no QK-clip)')
+OTHERS = dict(without_recall='without exact memory', adamw='AdamW', muon='Muon',
+              muon_grokfast='Muon + Grokfast (no QK-clip)')
 
 def draw_ablations(rows:list, steps:int): # what `ablated` gave for each seed, of trainings of so many steps
     "Bits per byte that each change costs: bars are means, points are seeds. The two panels differ in scale."
     fig, axes = plt.subplots(1, 2, figsize=(7.6, 2.2))
-    panels = (PARTS, 'sky', 'Part left out'), (OTHERS, 'orange', 'Optimizer')
+    panels = (PARTS, 'sky', 'Part left out'), (OTHERS, 'orange', 'Exact memory, optimizers')
     for ax, (labels, color, title) in zip(axes, panels):
         costs = {k: [r[k] for r in rows] for k in labels}
         order = sorted(labels, key=lambda k: np.mean(costs[k]))
