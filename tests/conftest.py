@@ -1,5 +1,4 @@
 "Fixtures that several test files share. Functions that they share are in shared.py."
-import json
 import sys
 
 import pytest
@@ -10,7 +9,7 @@ import puzzle_research.core.hub as hub
 from puzzle_research.cli import main
 from puzzle_research.core.seals import listen
 from reliability import faults, pytest_addoption, pytest_runtest_logreport, pytest_sessionfinish  # noqa: F401
-from shared import PUZZLE, SMALL, as_options, finish, only_run, start
+from shared import PUZZLE, SMALL, as_options, finish, only_run, start, write_notebook
 
 
 def pytest_collection_modifyitems(items):
@@ -100,14 +99,7 @@ run.finish(dict(title='Tiny', claim='Small.', metrics=dict(error=error)))
 @pytest.fixture(scope='session')
 def tiny(tmp_path_factory):
     "A notebook that is a run and nothing else."
-    cells = [dict(cell_type='code', id=f'c{i}', metadata={}, outputs=[], execution_count=None, source=text)
-             for i, text in enumerate(TINY)]
-    cells[0]['metadata']['tags'] = ['parameters']
-    kernel = dict(display_name='python3', language='python', name='python3')
-    nb = dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)
-    path = tmp_path_factory.mktemp('nbs')/'00_tiny.ipynb'
-    path.write_text(json.dumps(nb))
-    return path
+    return write_notebook(tmp_path_factory.mktemp('nbs')/'00_tiny.ipynb', TINY)
 
 
 @pytest.fixture

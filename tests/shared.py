@@ -21,6 +21,17 @@ CHOSEN = {
 }
 
 
+def write_notebook(path, texts, parameters=0): # texts of cells; which of them is the parameters cell
+    "A notebook of code cells that have not been executed."
+    cells = [dict(cell_type='code', id=f'c{i}', metadata={}, outputs=[], execution_count=None,
+                  source=text.strip()) for i, text in enumerate(texts)]
+    cells[parameters]['metadata']['tags'] = ['parameters']
+    kernel = dict(display_name='python3', language='python', name='python3')
+    nb = dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)
+    path.write_text(json.dumps(nb))
+    return path
+
+
 def as_options(values): # dict of parameters
     "`-p NAME VALUE` for each parameter, as papermill and `puzzle run` read them."
     return [text for name, value in values.items() for text in ('-p', name, str(value))]

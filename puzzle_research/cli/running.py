@@ -206,6 +206,50 @@ def _execute(path, out, values, run_dir):
     return errors[0] if errors else None
 
 
+def _on_cpu(values, resume) -> bool:
+    "Is the device of the run fixed to the CPU?"
+    from puzzle_research.core.runs import Run
+    name = resume or values.get('run')
+    return (Run.open(name).config if name else values).get('device') == 'cpu'
+
+
+def _check_launch(path, processes, values, resume):
+    from puzzle_research.core.launch import check_launch
+    check_launch(path, processes, _on_cpu(values, resume))
+
+
+def _launch_failed(run_dir, why):
+    "The run's manifest says it too; an abort has said it better."
+    from puzzle_research.core.runs import Run
+    run = Run(run_dir)
+    if not (run_dir/'manifest.json').exists():
+        return RuntimeError(why)
+    if run.status != 'aborted':
+        run.update(status='failed', error=why)
+    return RuntimeError(f'{why}; puzzle run {run.system} --resume {run.id} takes it up')
+
+
+def _train_together(path, values, processes, run_dir):
+    "Have several processes train a run. Raises RuntimeError where one of them ends badly."
+    from puzzle_research.core.launch import failure, launch, stop
+    signal.signal(signal.SIGTERM, _stop)
+    os.environ.pop('PUZZLE_RUN_ID', None)
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder)/'launch.log'
+        launched = launch(system_of(path), values, processes, _on_cpu(values, None), run_dir.name, folder)
+        try:
+            _follow(run_dir, lambda: launched.poll() is not None)
+        except KeyboardInterrupt:
+            stop(launched)
+            _say_interrupted(run_dir)
+            raise
+        finally:
+            if run_dir.is_dir():
+                _keep(log, [run_dir/'launch.log'])
+        if launched.returncode:
+            raise _launch_failed(run_dir, failure(log.read_text(), processes))
+
+
 def _failure(error, begun) -> Exception:
     "What to raise for a notebook's error: a value that its Config refused before a run began is bad usage."
     name, text = getattr(error, 'ename', type(error).__name__), getattr(error, 'evalue', error)
@@ -214,13 +258,26 @@ def _failure(error, begun) -> Exception:
     return Usage(text) if name == 'ValueError' and not begun else RuntimeError(f'{name}: {text}')
 
 
-def _keep(executed, places):
-    "Copy the executed notebook. Where that fails, say so: the run's own error, if any, matters more."
+def _keep(written, places):
+    "Copy the executed notebook, or a log. Where that fails, say so: the run's own error matters more."
     for place in places:
         try:
-            shutil.copy(executed, place)
+            shutil.copy(written, place)
         except OSError as e:
-            print(f'puzzle: the executed notebook could not be copied: {e}', file=sys.stderr)
+            print(f'puzzle: {written.name} could not be copied: {e}', file=sys.stderr)
+
+
+def _execute_and_keep(path, values, run_dir, out):
+    "Execute the notebook; what was executed goes into the run's folder and to `out`."
+    with tempfile.TemporaryDirectory() as folder:
+        executed = Path(folder)/'notebook.ipynb'
+        error = _execute(path, executed, values, run_dir)
+        begun = (run_dir/'manifest.json').exists()
+        ours = begun and getattr(error, 'ename', '') != 'InUse'
+        if executed.exists():
+            _keep(executed, [run_dir/'notebook.ipynb']*ours + [out]*bool(out))
+    if error:
+        raise _failure(error, begun)
 
 
 def _print_outcome(run_dir):
@@ -244,31 +301,29 @@ def run(
     out:Annotated[Optional[Path], option(metavar='FILE', help='Executed notebook to write.')] = None,
     column:Annotated[list[str], option(metavar='OURS=THEIRS', help='How your data set calls a column.')] = [],
     track:Annotated[str, option(metavar='NAMES', help='Tell tensorboard, wandb or trackio, too.')] = '',
+    launch:Annotated[Optional[int], option(metavar='N', help='Processes that train together.')] = None,
 ):
     """Execute a notebook with parameters: train, diagnose, report.
 
     The run's folder is reports/runs/SYSTEM/RUN. Plain `papermill NOTEBOOK OUT -p NAME VALUE` does the same.
 
     Examples: puzzle run 01_vision_puzzle | puzzle run nbs/01_vision_puzzle.ipynb -p budget full -p seed 1 |
-    puzzle run 01 --resume 20260102-1430
+    puzzle run 01 --resume 20260102-1430 | puzzle run 04_jepa_vq --launch 8
     """
     path = notebook_path(notebook)
     _bring_published(path)
     name_columns(column)
     tell(track)
     values = values_of(path, param)
+    if launch is not None:
+        _check_launch(path, launch, values, resume)
     run_dir = _run_folder(system_of(path), values, resume)
     print(f'{system_of(path)}: run {run_dir.name}', flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        executed = Path(folder)/'notebook.ipynb'
-        try:
-            error = _execute(path, executed, values, run_dir)
-        except _Stopped:
-            raise typer.Exit(143) from None
-        begun = (run_dir/'manifest.json').exists()
-        ours = begun and getattr(error, 'ename', '') != 'InUse'
-        if executed.exists():
-            _keep(executed, [run_dir/'notebook.ipynb']*ours + [out]*bool(out))
-    if error:
-        raise _failure(error, begun)
+    try:
+        if launch:
+            _train_together(path, values, launch, run_dir)
+            values = dict(run=run_dir.name)
+        _execute_and_keep(path, values, run_dir, out)
+    except _Stopped:
+        raise typer.Exit(143) from None
     _print_outcome(run_dir)

@@ -18,18 +18,12 @@ from .checkpoint import rng_state, set_rng_state
 from .device import pick_device, pick_precision
 from .ending import heeding
 from .schedules import constant, one_cycle_linear, stages, warmup_cosine
+from .together import SharedLoss, accelerator, agree, hand_round, own_noise, pool, share
 from .vector_quantizer import VectorQuantizer
 
 # %% ../../nbs/core/04_fit.ipynb #069200d6
 class Aborted(RuntimeError):
     "Training was stopped by an abort criterion or a loss that is not finite."
-
-def _accelerator(device, precision):
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
-    if PartialState._shared_state and PartialState().num_processes == 1:
-        AcceleratorState._reset_state(True)      # a notebook may train twice, with another precision
-    return Accelerator(mixed_precision=precision, cpu=device == 'cpu')
 
 def _precision(name, device, run, stage):
     "What `name` stands for; `auto` stays what a run that is taken up again began this stage with."
@@ -66,16 +60,20 @@ class Trainer:
 @patch
 def _prepare(self:Trainer, optimizer, device, compile, run):
     "Everything that depends on the device and on how many processes there are."
-    self.acc = _accelerator(device, self.precision)
+    self.acc = accelerator(device, self.precision)
     self.device = self.acc.device
-    self.model, self.optimizer = self.acc.prepare(self.module, optimizer)
-    if compile:
+    self.shared = self.acc.num_processes > 1
+    model = self.module
+    if self.shared:
+        model = SharedLoss(torch.compile(model) if compile else model, self.loss)
+        self.loss = lambda model, batch, t: model(batch, t)
+        share(self)
+    self.model, self.optimizer = self.acc.prepare(model, optimizer)
+    if compile and not self.shared:
         self.model = torch.compile(self.model)
     if not self.acc.scaler:
         self.optimizer = optimizer   # accelerate's wrapper looks for packages at every step: 0.1 ms
     self.stored, self.run = run, run if self.acc.is_main_process else None       # all load, one writes
-    if self.acc.num_processes > 1 and isinstance(self.batches, Batches):
-        self.batches.share(self.acc.process_index, self.acc.num_processes)
     self.quantizers = [m for m in self.module.modules() if isinstance(m, VectorQuantizer)]
     self.params = [p for group in optimizer.param_groups for p in group['params']]
     for group in optimizer.param_groups:
@@ -100,7 +98,9 @@ def forward(self:Trainer, i):
         batch = to_device(batch, self.device)
     with self.acc.autocast():
         out = self.loss(self.model, batch, self)
-    return out if isinstance(out, tuple) else (out, {})
+    loss, metrics = out if isinstance(out, tuple) else (out, {})
+    weight = self.batches.weight(self.step*self.accumulate + i) if self.shared else 1.
+    return (loss if weight == 1. else loss*weight), metrics
 
 @patch
 def backward(self:Trainer, loss):
@@ -129,6 +129,8 @@ def one_step(self:Trainer):
     for q in self.quantizers:
         q.update()
     self.last_loss = loss.detach()
+    if self.shared:
+        pool(self)
     self.step += 1
 
 # %% ../../nbs/core/04_fit.ipynb #86f364ba
@@ -197,9 +199,12 @@ def fit(self:Trainer, steps:int):
     for c in self.callbacks:
         c.before_fit(self)
     if self.step < steps and not self.stopped:
+        own_noise(self)
         self._loop(steps)
     for c in self.callbacks:
         c.after_fit(self)
+    if self.shared:
+        hand_round(self)
     return self
 
 # %% ../../nbs/core/04_fit.ipynb #d4055320
@@ -212,6 +217,8 @@ def _loop(self:Trainer, steps):
     with heeding() as heed:
         while self.step < steps and not self.stopped:
             self._whole_step(hooks)
+            if self.shared:
+                agree(self, heed)
             if heed.asked or time.monotonic() - self.saved > self.save_seconds:
                 self.save()
             heed.obey()

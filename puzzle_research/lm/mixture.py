@@ -8,6 +8,7 @@ __all__ = ['shares', 'Mixture']
 # %% ../../nbs/lm/16_mixture.ipynb #e2d82346
 import numpy as np, torch
 from fastcore.basics import patch
+from ..core.batches import Divided
 
 # %% ../../nbs/lm/16_mixture.ipynb #d50207b7
 def shares(
@@ -32,7 +33,7 @@ def shares(
             del free[s]
 
 # %% ../../nbs/lm/16_mixture.ipynb #e83191e6
-class Mixture:
+class Mixture(Divided):
     """Batches of rows as a function of the step, by stage, for core/fit's Trainer. All draws are laid out in
     advance from the seed: a set gives its rows in a shuffled order, all before one comes again."""
     def __init__(self,
@@ -42,10 +43,8 @@ class Mixture:
         seed:int=0, power:float=.5, most_epochs:float=8., # see `shares`
         rank:int=0, world:int=1 # of the processes that share a batch
     ):
-        if batch_size % world:
-            raise ValueError(f'batch_size {batch_size} does not divide among {world} processes')
         self.packed, self.stages, self.batch_size, self.steps = packed, stages, batch_size, steps
-        self.rank, self.world = rank, world
+        self.share(rank, world)
         self.sets = list(dict.fromkeys(s for stage in stages for s in stage))
         self.begins = [round(i*steps/len(stages)) for i in range(len(stages))] + [steps]
         self._lay_out(np.random.default_rng(seed), power, most_epochs)
@@ -90,8 +89,8 @@ def stage(self:Mixture, step:int) -> int: # from 0
 def drawn(self:Mixture, step:int) -> tuple: # number of the set and row, for each of a batch
     "What this process draws at a step."
     first = step % self.steps*self.batch_size
-    own = slice(first + self.rank, first + self.batch_size, self.world)
-    return self.order[own], self.rows[own]
+    order, rows = (a[first:first + self.batch_size] for a in (self.order, self.rows))
+    return order[self.own], rows[self.own]
 
 @patch
 def __call__(self:Mixture, step:int) -> tuple: # tokens, doc, answer: (B, T)

@@ -10,6 +10,7 @@ import math
 
 import numpy as np, torch
 
+from ..core.batches import Divided
 from ..core.device import pick_device
 from ..core.fit import Trainer, one_cycle_linear
 from ..core.measure import often
@@ -17,7 +18,7 @@ from .windows import WINDOW
 from .word_model import copy_counts, in_order
 
 # %% ../../nbs/text/06a_word_training.ipynb #2d8b80be
-class RandomWindows:
+class RandomWindows(Divided):
     """Windows of the train text at random places, as a function of seed and step. `len` is the number of
     steps in which as many characters pass as the text has."""
     def __init__(self, lexicon, text:str, batch_size:int, seed:int=0):
@@ -39,7 +40,7 @@ class RandomWindows:
     def offsets(self, step): # -> (B,)
         return np.random.default_rng([self.seed, step]).integers(0, len(self.ids) - WINDOW, self.batch_size)
 
-    def __call__(self, step): return self.at(self.offsets(step))
+    def __call__(self, step): return self.at(self.offsets(step)[self.own])
 
 # %% ../../nbs/text/06a_word_training.ipynb #67e032e6
 def word_loss(model, batch, trainer): # -> bits a character
