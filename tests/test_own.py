@@ -1,5 +1,7 @@
 "One's own data in place of a set that a notebook names. See nbs/core/01j_own."
 import io
+import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +16,7 @@ from puzzle_research.core.data import load
 from puzzle_research.core.params import parse_parameters
 from puzzle_research.lm.corpus import build_corpus
 from puzzle_research.ternary.operations import open_operations
+from shared import puzzle
 
 
 @pytest.fixture(autouse=True)
@@ -115,3 +118,52 @@ def test_what_has_no_stand_in_says_so():
         data = './operations'
     with pytest.raises(ValueError, match='nothing else stands in for all ternary operations'):
         open_operations(cfg)
+
+
+def bench(*args, status=0):
+    done = puzzle('bench', *args)
+    assert done.returncode == status, done.stderr
+    return done
+
+
+def test_own_pictures_beside_the_formats_of_all(photos, tmp_path):
+    (photos/'torn.png').write_bytes(b'\x89PNG\r\n\x1a\ntorn')
+    (photos/'readme.md').write_text('a text')
+    done = bench(photos, '--items', 6, '--json', '--out', tmp_path/'out')
+    told = json.loads(done.stdout)
+    assert told['modality'] == 'picture' and told['total'] == 21
+    rows = {row['coder']: row for row in told['rows']}
+    assert list(rows) == ['puzzles, stream', 'puzzles, grid', 'AVIF', 'WebP', 'JPEG', 'PNG, lossless']
+    wide = [50 + int(Path(name).stem) for name in told['items']]
+    tiles = np.mean([2*-(-w//32) for w in wide])
+    assert rows['puzzles, stream']['bytes'] == pytest.approx(373.717*tiles, abs=.01)      # of 900 digits
+    assert rows['WebP']['bytes'] <= rows['puzzles, stream']['bytes']
+    assert rows['PNG, lossless']['fidelity'] == 99 > rows['puzzles, grid']['fidelity'] > 20
+    assert 'photos also holds 1 text, left out' in done.stderr
+    text = (tmp_path/'out'/'bench.md').read_text()
+    assert '| AVIF |' in text and '](bench.png)' in text and (tmp_path/'out'/'bench.png').exists()
+
+
+def test_own_texts_in_a_column_come_back_to_the_character(tmp_path):
+    texts = ['Some words, and some more.\n'*20, 'ein Satz']
+    pq.write_table(pa.table(dict(id=[1, 2], body=texts)), tmp_path/'t.parquet')
+    done = bench('--data', f'{tmp_path}/t.parquet:body', '--json')
+    rows = {row['coder']: row for row in json.loads(done.stdout)['rows']}
+    assert {row['fidelity'] for row in rows.values()} == {100.} and set(rows) >= {'xz -9', 'zstd -19'}
+    assert rows['puzzles, stream']['bytes'] < rows['xz -9']['bytes']
+
+
+@pytest.mark.parametrize('name, options, said', [
+    ('', (), 'holds no pictures, sounds or texts (0 other files)'),
+    ('a.png', (), 'none of 1 pictures can be read; the first: a.png: '),
+    ('a.txt', ('--modality', 'sound'), 'holds no sounds'),
+    ('a.txt', ('--modality', 'video'), "unknown modality 'video'"),
+    ('a.txt', ('--data', 'b'), 'give a codec or a folder, or --data'),
+])
+def test_what_cannot_be_shown_is_said_in_one_line(tmp_path, command, name, options, said):
+    folder = tmp_path/'mine'
+    folder.mkdir()
+    if name:
+        (folder/name).write_bytes(b'not much')
+    status, told = command('bench', folder, *options)
+    assert status == 2 and told.count('\n') == 1 and said in told

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIDE', 'RATE', 'PIECE', 'KINDS', 'SPLITS', 'log', 'picture_rows', 'sound_rows', 'text_rows', 'Kind', 'Item',
-           'place_of', 'own']
+           'place_of', 'items_in', 'own']
 
 # %% ../../nbs/core/01j_own.ipynb #a1323217
 import hashlib, io, json, logging, os, re
@@ -204,7 +204,7 @@ def _parted(given:dict, wanted:tuple) -> dict: # {split or '': {file: rows}}, sp
 # %% ../../nbs/core/01j_own.ipynb #5aad6af9
 log = logging.getLogger('puzzle_research.data')
 
-def _items(path, column, kind): # Items, files left alone
+def items_in(path, column, kind): # Items, files left alone
     parquet = [path] if path.suffix == '.parquet' else sorted(path.glob('*.parquet')) if path.is_dir() else []
     if parquet:
         return (item for p in parquet for item in _of_parquet(p, column, kind)), 0
@@ -215,7 +215,7 @@ def _items(path, column, kind): # Items, files left alone
 def _write(path, column, like, folder):
     import pyarrow as pa, pyarrow.parquet as pq
     kind, given, groups = KINDS[like], {}, {}
-    items, aside = _items(path, column, kind)
+    items, aside = items_in(path, column, kind)
     most = DECODERS[like].options.get('classes', 1)
     for item in items:
         label = groups.setdefault(item.group, min(len(groups), most - 1))
