@@ -43,7 +43,7 @@ def bare(installed, tmp_path):
 
 @pytest.mark.parametrize('args, word', [
     ('run nope', 'Known: 01_vision_puzzle, 02_audio_puzzle'),
-    ('run 01 --resume zz', "unknown run 'zz'. Known: none yet"),
+    ('run 01 --resume zz', "unknown run 'zz': there is none yet"),
     ('show last', 'no runs yet; start one with `puzzle run'),
     ('publish nope', "unknown run 'nope'"),
     ('new system mine', 'needs a checkout of the project'),

@@ -148,7 +148,7 @@ def curves(runs, # as for `compare`
     known = logged([run for some in groups.values() for run in some])
     metric = metric or min(known, key=lambda name: known[name] != 'valid', default='')
     if metric not in known:
-        raise ValueError(nearest(metric, list(known) or ['none was logged'], 'logged metric'))
+        raise ValueError(nearest(metric, known, 'logged metric'))
     style()
     fig, ax = plt.subplots(figsize=(5.4, 2.5))
     ends, colors = [], [COLORS[c] for c in ('blue', 'orange', 'green', 'pink', 'sky', 'amber', 'black')]

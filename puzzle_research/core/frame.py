@@ -77,7 +77,7 @@ def with_metric(rows:list, name:str) -> list:
     "The rows that have a metric. Raises ValueError naming the nearest one where none has."
     found = [row for row in rows if isinstance(row.get(f'metrics.{name}'), (int, float))]
     if not found:
-        raise ValueError(nearest(name, metric_names(rows) or ['none here'], 'metric'))
+        raise ValueError(nearest(name, metric_names(rows), 'metric'))
     return found
 
 def direction(system:str, run:str, name:str) -> str: # max, min or none

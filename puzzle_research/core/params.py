@@ -91,7 +91,10 @@ def notebook_parameters(path:Path) -> dict: # name -> `Param`
 
 # %% ../../nbs/core/00a_params.ipynb #9df9ba02
 def nearest(name:str, known, label:str='parameter') -> str:
-    "The sentence `unknown parameter 'x': did you mean 'y'? Known: ...`."
+    "The sentence `unknown parameter 'x': did you mean 'y'? Known: ...`; where there is none, that."
+    known = list(known)
+    if not known:
+        return f'unknown {label} {name!r}: there is none yet'
     close = difflib.get_close_matches(name, known, 1, cutoff=.5)
     guess = f': did you mean {close[0]!r}?' if close else '.'
     return f"unknown {label} {name!r}{guess} Known: {', '.join(known)}"

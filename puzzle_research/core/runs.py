@@ -94,7 +94,7 @@ def open(cls:Run,
     if hits:
         some = ', '.join(f'{p.parent.name}/{p.name}' for p in hits[:5])
         raise ValueError(f'run {name!r} fits {len(hits)} runs: {some}; give more of the id')
-    raise ValueError(nearest(name, [p.name for p in folders] or ['none yet'], 'run'))
+    raise ValueError(nearest(name, [p.name for p in folders], 'run'))
 
 # %% ../../nbs/core/06_runs.ipynb #f25976ed
 def _plain(values): # NaN and infinity as text

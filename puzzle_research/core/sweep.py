@@ -57,7 +57,7 @@ def known_sweeps() -> list: # names
 def sweep_runs(name:str) -> list: # of Run
     "The runs of a recorded sweep that have begun. Raises ValueError for a name that none has."
     if name not in known_sweeps():
-        raise ValueError(nearest(name, known_sweeps() or ['none yet'], 'sweep'))
+        raise ValueError(nearest(name, known_sweeps(), 'sweep'))
     found = read_json(sweep_folder(name)/'sweep.json')
     runs = [Run(runs_folder()/found['system']/p['run']) for p in found['points'] if p['run']]
     return [run for run in runs if (run.dir/'manifest.json').exists()]

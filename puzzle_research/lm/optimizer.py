@@ -153,12 +153,21 @@ def add_param_group(self:MuGrokfast, group:dict):
 
 # %% ../../nbs/lm/03_optimizer.ipynb #0bc3dd31
 @patch
-def _check_dense(self:MuGrokfast, g):
-    for p in g['params']:
-        if p.grad is not None and p.grad.is_sparse:
-            name = self.names.get(id(p), f'a parameter of shape {tuple(p.shape)}')
-            raise RuntimeError(f'{name} has a sparse gradient, which MuGrokfast does not take; '
+def _check_gradients(self:MuGrokfast):
+    "Raises RuntimeError for a sparse one, FloatingPointError for one with a value that is not finite."
+    def name(p): return self.names.get(id(p), f'a parameter of shape {tuple(p.shape)}')
+    params = [p for g in self.param_groups for p in g['params'] if p.grad is not None]
+    for p in params:
+        if p.grad.is_sparse:
+            raise RuntimeError(f'{name(p)} has a sparse gradient, which MuGrokfast does not take; '
                                'make its embedding with sparse=False')
+    largest = torch._foreach_norm([p.grad for p in params], math.inf) if params else ()
+    device = params[0].device if params else None
+    if not all(x.to(device).isfinite() for x in largest):
+        bad = next(p for p, x in zip(params, largest) if not x.isfinite())
+        raise FloatingPointError(
+            f'the gradient of {name(bad)} is not finite; weights and averages are unchanged. Call zero_grad '
+            'and go on with the next batch, or train with a gradient scaler, which skips such steps')
 
 # %% ../../nbs/lm/03_optimizer.ipynb #23bef52e
 @patch
@@ -227,13 +236,14 @@ def _adamw(self:MuGrokfast, g):
 @patch
 @torch.no_grad()
 def step(self:MuGrokfast, closure=None):
-    "One update, then the QK-clip. `max_logit` becomes the largest logit noted for it (None without qk_clip)."
+    """One update, then the QK-clip. `max_logit` becomes the largest logit noted for it, None without qk_clip.
+    Raises FloatingPointError before anything is changed where a gradient is not finite."""
     loss = None
     if closure is not None:
         with torch.enable_grad():
             loss = closure()
+    self._check_gradients()
     for g in self.param_groups:
-        self._check_dense(g)
         update = self._muon if g['kind'] == 'muon' else self._adamw
         update(g)
     if self.attentions:

@@ -5,13 +5,15 @@ import json
 import numpy as np
 import pytest
 import soundfile as sf
+from safetensors import safe_open
 
 import puzzle_research.core.data as data
 import puzzle_research.text.files as text
 from damage import damages, kills
 from puzzle_research.arc.files import read_tasks
 from puzzle_research.arc.tasks import official
-from puzzle_research.core.checkpoint import load_state, pack, save_state
+from puzzle_research.core.checkpoint import load_state, pack
+from puzzle_research.core.model_hub import weights_path
 from puzzle_research.core.outputs import whole_output
 from puzzle_research.core.pictures import read_picture
 from puzzle_research.core.puzzle_files import load_puzzles
@@ -19,6 +21,7 @@ from puzzle_research.core.sounds import read_channels
 from shared import png, write_pictures
 
 EACH = [1, pytest.param(30, marks=pytest.mark.slow)]
+NAMED = ['language', *(pytest.param(name, marks=pytest.mark.slow) for name in ('audio', 'vision'))]
 REFUSALS = (ValueError, RuntimeError, OSError, SyntaxError) # of readers that name no file
 SEEN = {'cut short', 'emptied', 'other bytes', 'parts swapped'} # by every reader, also without a checksum
 
@@ -113,22 +116,38 @@ def test_a_set_in_parquet(faults, lake, each):
         faults.count('set in Parquet', damage, 'right' if same and whole else 'lost', str(found.dropped))
 
 
+@pytest.mark.parametrize('name', NAMED)
 @pytest.mark.parametrize('each', EACH)
-def test_a_codecs_weights(faults, tmp_path, each):
-    """In the format of today. One of the earlier format, as three packaged files are, covers its tensors
-    alone: a changed letter of its alphabet is not seen there."""
-    from puzzle_research.text.codec import LanguagePuzzle
-    file = tmp_path/'codec.safetensors'
-    save_state(file, load_state(LanguagePuzzle.packaged))
+def test_a_codecs_weights(faults, tmp_path, name, each):
+    "As they lie in the package."
+    file, packed = tmp_path/'codec.safetensors', weights_path(f'{name}_puzzle').read_bytes()
+    file.write_bytes(packed)
     head, _ = pack(load_state(file))
-    for damage, bad in damages(file.read_bytes(), each):
+    for damage, bad in damages(packed, each):
         file.write_bytes(bad)
         try:
-            LanguagePuzzle.from_pretrained(file)
             same = pack(load_state(file))[0] == head          # as where \\u00e8 becomes \\u00E8
             faults.count('weights', damage, 'right' if same else 'lost', 'loaded')
         except ValueError as e:
             faults.count('weights', damage, 'refused' if file.name in str(e) else 'lost', str(e))
+
+
+def test_a_changed_letter_in_packaged_weights(faults, tmp_path):
+    "The alphabet and the words are no tensors; the digest covers them too, in every packaged file."
+    from puzzle_research.text.codec import LanguagePuzzle
+    file, packed = tmp_path/'codec.safetensors', LanguagePuzzle.packaged.read_bytes()
+    at = packed.index(b'alphabet') + 40
+    for k in (k for k in range(at, at + 80) if chr(packed[k]).isalpha()):
+        file.write_bytes(packed[:k] + bytes([packed[k] ^ 1]) + packed[k + 1:])
+        try:
+            LanguagePuzzle.from_pretrained(file)
+            outcome, said = 'lost', f'byte {k}'
+        except ValueError as e:
+            outcome, said = ('refused' if file.name in str(e) else 'lost'), str(e)
+        faults.count('weights', 'another letter', outcome, said)
+    for path in sorted(weights_path('any').parent.glob('*.safetensors')):
+        with safe_open(path, 'pt') as f:
+            assert 'digest' in json.loads(f.metadata()['state']), f'{path.name} is of the earlier format'
 
 
 def test_killed_while_encoding_and_decoding(faults, tmp_path):
