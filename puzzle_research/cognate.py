@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FEW', 'BUDGETS', 'BY_BUDGET', 'AS_PUBLISHED', 'ALONE', 'PRESETS', 'SPECIALIZATIONS', 'PUBLISHED', 'CHOICES',
-           'AT_LEAST_1', 'AT_LEAST_0', 'RATES', 'BOUNDS', 'Config', 'CARD', 'HANDED', 'CAPTIONS', 'settings',
-           'open_text', 'build', 'plain_model', 'vary', 'trained', 'tuned', 'train_main', 'specialise', 'compare',
-           'ablate', 'train', 'hand_off', 'Cognate', 'newest_hand_off', 'generate', 'memory_metrics', 'evaluate',
-           'summarise', 'put', 'draw', 'draw_seeds']
+           'AT_LEAST_1', 'AT_LEAST_0', 'RATES', 'BOUNDS', 'Config', 'CARD', 'CAPTIONS', 'settings', 'open_text',
+           'build', 'plain_model', 'vary', 'trained', 'tuned', 'train_main', 'specialise', 'compare', 'ablate', 'train',
+           'hand_off', 'Cognate', 'newest_hand_off', 'generate', 'memory_metrics', 'evaluate', 'summarise', 'put',
+           'draw', 'draw_seeds']
 
 # %% ../nbs/06_cognate.ipynb #e251153f
 import os
@@ -15,14 +15,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from fastcore.basics import patch
 
 from .core.config import configure, nearest, parameters, pick_device, seed_everything
 from .core.diagnose import style
 from .core.measure import criteria, metric
 from .core.quantize import count_parameters
-from .core.runs import Run, begin, load_state, read_json, runs_folder, save_state
-from .core.runs import write_atomic, write_json
+from .core.runs import Run, begin, load_state, runs_folder, save_state, write_atomic
 from .core.style import plt
 
 # %% ../nbs/06_cognate.ipynb #d06999ab
@@ -41,10 +39,10 @@ from .lm.likelihood import halting_curve
 from .lm.muon import hardware_dtype
 from .lm.specialisations import AGAIN, by_row, specialisation_metrics
 from .lm.telemetry import Meter, open_tracker
-from .lm.tokens import END, START, Tokenizer
 from .lm.training import leg, read_weights
 from .lm.trm import RecursiveLM
 from .lm.tuning import how_of, tune, tuning_name
+from .lm.use import TextModel, write_handed
 
 # %% ../nbs/06_cognate.ipynb #a8797fa6
 recipe:str = 'best' # seed: the published model of 26,974,561 parameters, repaired; best: ours, at most as big
@@ -332,41 +330,27 @@ bench: it knows little, says wrong things, and was never made safe.
     from puzzle_research.cognate import Cognate
     for piece in Cognate.from_pretrained('{folder}').generate('Q: ...'): print(piece, end='')
 """
-HANDED = ('model.safetensors', 'tokenizer.json', 'config.json')
 
 # %% ../nbs/06_cognate.ipynb #41924967
 def hand_off(cfg, run, corpus) -> Path:
     "Write model.safetensors, tokenizer.json, config.json and README.md into the run's `handoff`."
-    from safetensors.torch import save
     folder, model = run.dir/'handoff', read_weights(run, 'main', build(cfg))
-    folder.mkdir(exist_ok=True)
-    write_atomic(folder/'model.safetensors', save({k: v.contiguous() for k, v in model.state_dict().items()}))
-    corpus.tokenizer.save(folder/'tokenizer.json')
-    write_json(folder/'config.json', cfg.model_dump())
+    write_handed(folder, model, corpus.tokenizer, cfg.model_dump())
     facts = dict(params=count_parameters(model), tokens=cfg.batch_size*cfg.length, folder=folder.name,
                  sets=', '.join(corpus.train), bits=run.load('legs')['main']['best'])
     write_atomic(folder/'README.md', CARD.format(**cfg.model_dump() | facts))
     return folder
 
 # %% ../nbs/06_cognate.ipynb #91ad4b9d
-class Cognate:
-    "A trained model and its tokenizer."
-    def __init__(self, model:RecursiveLM, tokenizer:Tokenizer, config:dict):
-        self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
+class Cognate(TextModel):
+    "A trained model and its tokenizer: `generate`, `save_pretrained`, `push_to_hub`, `from_pretrained`."
+    system = '06_cognate'
 
-    @classmethod
-    def from_pretrained(cls, folder:Path=None): # None: the hand-off of the newest finished run
-        "Read what `hand_off` wrote. Raises FileNotFoundError naming what is missing."
-        from safetensors.torch import load_file
-        folder = Path(folder) if folder else newest_hand_off()
-        lost = [f for f in HANDED if not (folder/f).exists()]
-        if lost:
-            raise FileNotFoundError(f"{folder} has no {', '.join(lost)}; expected the `handoff` folder of a "
-                                    'run of 06_cognate')
-        config = dict(recall=0) | read_json(folder/'config.json')       # models of earlier versions had none
-        model = build(Config(**config))
-        model.load_state_dict(load_file(folder/'model.safetensors'))
-        return cls(model, Tokenizer.load(folder/'tokenizer.json'), config)
+    @staticmethod
+    def rebuilt(config): return build(Config(**dict(recall=0) | config))  # earlier versions had no recall
+
+    @staticmethod
+    def newest(): return newest_hand_off()
 
 # %% ../nbs/06_cognate.ipynb #e80ad10b
 def newest_hand_off() -> Path:
@@ -376,28 +360,6 @@ def newest_hand_off() -> Path:
         raise FileNotFoundError('no trained model yet: `puzzle run 06_cognate` makes one, or name a hand-off '
                                 'folder')
     return found[-1]
-
-# %% ../nbs/06_cognate.ipynb #2a7da24e
-@patch
-@torch.no_grad()
-def generate(self:Cognate, prompt:str,
-    max_new:int=128, # tokens at most
-    **kw # temperature (0: the likeliest), top_k, seed: see `RecursiveLM.stream`
-): # yields pieces of text
-    "Write on from a prompt, to the end of the document. Raises ValueError for a number that cannot be."
-    if max_new < 1:
-        raise ValueError(f'max_new is {max_new}; expected at least 1 token')
-    if kw.get('temperature', 0) < 0:
-        raise ValueError(f"temperature is {kw['temperature']}; expected 0 (the likeliest) or more")
-    start = torch.tensor([START, *self.tokenizer.encode(prompt)], device=self.model.head.device)
-    ids, said = [], ''
-    for new, _ in self.model.stream(start, max_new=max_new, stop=(END,), **kw):
-        ids.append(new)
-        text = self.tokenizer.decode(ids)
-        if text.endswith('\ufffd') and new != END:
-            continue # half a character
-        yield text[len(said):]
-        said = text
 
 # %% ../nbs/06_cognate.ipynb #09b7b6d1
 def generate(prompt:str, folder:Path=None, **kw): # see `Cognate.generate`

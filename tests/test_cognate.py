@@ -1,8 +1,10 @@
 "The language model assembled: counts, specialisations, 37 metrics, resumption, hand-off. See nbs/06_cognate."
 import functools
+import shutil
 import sys
 import types
 
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +22,7 @@ from puzzle_research.lm.bundled_text import bundled_rows
 from puzzle_research.lm.copying import copier
 from puzzle_research.lm.likelihood import bits_per_byte
 from puzzle_research.lm.telemetry import AT_THE_END, METRICS, behaviour, open_tracker
+from puzzle_research.lm.use import HANDED
 from shared import wandb_rows
 
 TINY = dict(budget='test', compare=False, tune_steps=0, diversity_steps=0)
@@ -186,11 +189,45 @@ def test_ablations(monkeypatch):
 def test_hand_off_round_trip(finished):
     cfg, run = finished
     folder = run.dir/'handoff'
-    assert {p.name for p in folder.iterdir()} == {*cg.HANDED, 'README.md'}
+    assert {p.name for p in folder.iterdir()} == {*HANDED, 'README.md'}
     cognate, state = Cognate.from_pretrained(folder), load_state(run.dir/'weights'/'main.safetensors')
     assert all(torch.equal(v, state[k]) for k, v in cognate.model.state_dict().items())
     assert cognate.config == cfg.model_dump()
     assert f'{count_parameters(cognate.model):,} parameters' in (folder/'README.md').read_text()
+
+
+def logits(cognate):
+    prompt = torch.tensor([[1, *cognate.tokenizer.encode('Q: Ada has 3')]])
+    return cognate.model.logits(cognate.model.read(prompt)[0])
+
+
+@pytest.mark.parametrize('where', ['folder', 'run', 'hub'])
+def test_it_goes_to_the_hub_and_comes_back_to_the_bit(finished, tmp_path, monkeypatch, where):
+    "Equal logits and text, with its tokenizer and a card of the published numbers; the hub is a stand-in."
+    cognate = Cognate.from_pretrained(finished[1].dir/'handoff')
+    pushed = tmp_path/'pushed'
+    def push(self, repo_id, folder_path, **options):
+        shutil.copytree(folder_path, pushed)
+        return f'https://hub/{repo_id}'
+    def made(self, name, **options): return types.SimpleNamespace(repo_id=name)
+    monkeypatch.setattr(huggingface_hub.HfApi, 'create_repo', made)
+    monkeypatch.setattr(huggingface_hub.HfApi, 'upload_folder', push)
+    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', lambda name, file, **kw: str(pushed/file))
+    cognate.save_pretrained(tmp_path/'saved', push_to_hub=True, repo_id='ada/cognate')
+    name = dict(folder=tmp_path/'saved', run=str(finished[1].dir), hub='ada/cognate')[where]
+    again = Cognate.from_pretrained(name)
+    assert torch.equal(logits(again), logits(cognate)) and again.config == cognate.config
+    assert again.specimen() == cognate.specimen() and again.tokenizer.id == cognate.tokenizer.id
+    card = (pushed/'README.md').read_text()
+    assert "Cognate.from_pretrained('ada/cognate')" in card and '## Results' in card
+    assert 'ratio_to_plain' in card
+
+
+def test_another_model_is_refused(tmp_path):
+    for file in HANDED:
+        (tmp_path/file).write_text('{"model": "JEPA"}')
+    with pytest.raises(ValueError, match='is of a JEPA, not of a Cognate'):
+        Cognate.from_pretrained(tmp_path)
 
 
 def test_weights_of_every_epoch(finished):

@@ -79,8 +79,8 @@ def weights_path(name:str # vision_puzzle
 class OnHub:
     """What makes a model one that is saved, pushed and loaded. `system` names the experiment that trains it,
     `in_run` the file of its runs, `budget` that of its published run, `packaged` where `puzzle publish`
-    puts the weights of that run."""
-    system, in_run, budget, packaged = '', 'codec.safetensors', 'full', None
+    puts the weights of that run, unless it `ships` none."""
+    system, in_run, budget, packaged, ships = '', 'codec.safetensors', 'full', None, True
 
     def save(self, path):
         "All weights in one safetensors file."

@@ -193,7 +193,7 @@ def weights_of(run_dir:Path) -> dict: # name of the file in the project -> bytes
     run_dir, system, out = Path(run_dir), Path(run_dir).parent.name, {}
     if not worth_shipping(read_json(run_dir/'manifest.json')):
         return out
-    for kind in models_of(system):
+    for kind in (k for k in models_of(system) if getattr(k, 'ships', True)):
         source = run_dir/getattr(kind, 'in_run', OnHub.in_run)
         name = Path(getattr(kind, 'packaged', None) or weights_path(system.split('_', 1)[-1])).name
         if source.exists():
