@@ -100,15 +100,23 @@ def test_other_versions_make_another_run(runs):
 
 
 
+GUIDES = {
+    '04_many': ('4 points: 4 ok', '4 points: 4 kept', '6 points: 2 ok, 4 kept'),
+    '05_own_data': ('puzzles, stream', 'status ok', 'holds no pictures, sounds or texts'),
+    '06_models': ('model.safetensors', 'VisionPuzzle.from_pretrained'),
+}
+
+
 @pytest.mark.slow
-def test_the_guide_works(runs):
+@pytest.mark.parametrize('name', GUIDES)
+def test_the_guide_works(runs, name):
     "Cells that `make test` leaves out, because they train, run here."
     import nbformat
     from nbclient import NotebookClient
-    guide = root()/'nbs'/'guides'/'04_many.ipynb'
+    guide = root()/'nbs'/'guides'/f'{name}.ipynb'
     nb = nbformat.read(guide, 4)
     here = dict(metadata=dict(path=str(guide.parent)))
     NotebookClient(nb, timeout=900, kernel_name='python3', resources=here).execute()
-    printed = ''.join(o.get('text', '') for c in nb.cells for o in c.get('outputs', []))
-    for said in ('4 points: 4 ok', '4 points: 4 kept', '6 points: 2 ok, 4 kept'):
+    printed = ''.join(str(o.get('text', o.get('data'))) for c in nb.cells for o in c.get('outputs', []))
+    for said in GUIDES[name]:
         assert said in printed

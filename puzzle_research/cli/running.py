@@ -315,6 +315,7 @@ def run(
     name_columns(column)
     tell(track)
     values = values_of(path, param)
+    os.environ['PWD'] = os.getcwd()          # from where a path in `data` begins; the kernel goes elsewhere
     if launch is not None:
         _check_launch(path, launch, values, resume)
     run_dir = _run_folder(system_of(path), values, resume)
