@@ -1,4 +1,5 @@
 "Fixtures that several test files share. Functions that they share are in shared.py."
+import subprocess
 import sys
 
 import pytest
@@ -8,7 +9,8 @@ import puzzle_research.core.data as data
 import puzzle_research.core.hub as hub
 from puzzle_research.cli import main
 from puzzle_research.core.seals import listen
-from reliability import faults, pytest_addoption, pytest_runtest_logreport, pytest_sessionfinish  # noqa: F401
+from reliability import (  # noqa: F401
+    costs, faults, pytest_addoption, pytest_runtest_logreport, pytest_sessionfinish)
 from shared import PUZZLE, SMALL, as_options, finish, only_run, start, write_notebook
 
 
@@ -106,3 +108,15 @@ def tiny(tmp_path_factory):
 def runs(tmp_path, monkeypatch):
     monkeypatch.setenv('PUZZLE_RUNS', str(tmp_path/'runs'))
     return tmp_path/'runs'
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A folder on a disk of half a megabyte, where this user may mount one."
+    disk = tmp_path/'disk'
+    disk.mkdir()
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=512k', 'tmpfs', disk]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip('no disk may be mounted here')
+    yield disk
+    subprocess.run(['umount', '-l', disk], check=True)

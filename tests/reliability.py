@@ -1,8 +1,8 @@
 """Faults are injected in tests/faults, and every try is counted.
 
-The fixture `faults` counts. With `--reliability` what each test counted goes into reports/reliability.json,
-in place of what it counted before, and reports/reliability.md is rendered from there. `make reliability` runs
-them all, from an empty file."""
+The fixture `faults` counts, `costs` keeps what was measured. With `--reliability` what each test counted goes
+into reports/reliability.json, in place of what it counted before, and reports/reliability.md is rendered from
+there. `make reliability` runs them all, from an empty file."""
 from collections import Counter
 
 import pytest
@@ -30,6 +30,35 @@ class Faults:
             self.lost.append(f'{what}, {fault}: {said}')
 
 
+class Costs:
+    "What safety costs, measured by one test."
+    def __init__(self, command):
+        self.rows, self.command, self.over = [], command, []
+
+    def _put(self, what, seconds, beside, value, bar):
+        met = bar is None or value <= bar
+        self.rows.append([what, seconds, beside, value, bar, self.command])
+        if not met:
+            self.over.append(f'{what}: {value:.3g}, bar {bar:g} ({beside})')
+
+    def share(self, what, seconds, beside, whole, bar=None):
+        "`seconds` out of the `whole` time of `beside`; a share above `bar` is a failure."
+        self._put(what, seconds, beside, seconds/whole, bar)
+
+    def seconds(self, what, seconds, bar):
+        self._put(what, seconds, '', seconds, bar)
+
+
+@pytest.fixture
+def costs(request):
+    "Keeps what this test measured for the report, and fails where a bar is not met."
+    measured = Costs(f'pytest {request.node.nodeid} -m slow --reliability')
+    yield measured
+    request.node.user_properties.append(('costs', measured.rows))
+    assert measured.rows, 'nothing was measured'
+    assert not measured.over, measured.over[0]
+
+
 @pytest.fixture
 def faults(request):
     "Counts the tries of this test, which fails where one is lost or none was made."
@@ -51,6 +80,8 @@ def pytest_runtest_logreport(report):
     if report.when == 'teardown':
         for tries, lost in (value for name, value in report.user_properties if name == 'faults'):
             _counted[report.nodeid] = dict(tries=tries, lost=lost)
+        for rows in (value for name, value in report.user_properties if name == 'costs'):
+            _counted[report.nodeid] = dict(tries=[], lost=[], costs=rows)
 
 
 def pytest_sessionfinish(session):
@@ -68,7 +99,21 @@ def _row(name, outcomes):
     return [*name, *(f'{n:,}' for n in shown)]
 
 
-def rendered(counted) -> str: # markdown; name of a test -> dict(tries, lost)
+def _costs(counted) -> str: # markdown
+    "What safety costs, and the bar; empty where nothing was measured."
+    rows = [row for c in counted.values() for row in c.get('costs', ())]
+    if not rows:
+        return ''
+    def shown(what, seconds, beside, value, bar, command):
+        share = f'{value:.2%} of {beside}' if beside else ''
+        limit = '' if bar is None else f'{bar:.0%}' if beside else f'{bar:g} s'
+        return [what, f'{1000*seconds:,.1f} ms', share, limit, f'`{command}`']
+    head = ['what', 'takes', 'share', 'bar, at most', 'measured by']
+    table = Table(head, [shown(*row) for row in rows], right=(1, 3)).markdown()
+    return f'\n\n## Costs\n\nOne processor core; the least of three where a process is repeated.\n\n{table}'
+
+
+def rendered(counted) -> str: # markdown; name of a test -> dict(tries, lost, costs)
     "The table: a line for each thing and fault, and one for all."
     by_fault, whole = {}, Counter()
     for what, fault, outcome, n in sorted(tuple(row) for c in counted.values() for row in c['tries']):
@@ -82,4 +127,6 @@ def rendered(counted) -> str: # markdown; name of a test -> dict(tries, lost)
                 'be done, one line says what is wrong and nothing else has changed (*refused*).')
     lost = '\n'.join(f'- {text}' for c in counted.values() for text in c['lost'])
     said = f'\n\n## Lost\n\n{lost}' if lost else ''
-    return f'# Reliability\n\n> {claim}\n\n{survived} Counted by {len(counted)} tests.\n\n{table}{said}\n'
+    tests = sum(bool(c['tries']) for c in counted.values())
+    told = f'{survived} Counted by {tests} tests.{_costs(counted)}'
+    return f'# Reliability\n\n> {claim}\n\n{told}\n\n## Tries\n\n{table}{said}\n'

@@ -12,6 +12,7 @@ import pytest
 from puzzle_research.core import swap
 from puzzle_research.core.beside import main_metrics
 from puzzle_research.core.collect import collect, combine, example_run, example_summary
+from puzzle_research.core.evidence import checked
 from puzzle_research.core.lint import LINTS, lint
 from puzzle_research.core.measure import metric, show_number
 from puzzle_research.core.publish import Refused, documents, draw_over_seeds, publish, render_published
@@ -319,7 +320,7 @@ def test_publish_is_whole_and_renews_the_board(make, site):
     doc = json.loads((site/'reports'/'summaries'/'00_toy.json').read_text())
     figures = '../figures/00_toy/'
     assert path.read_text() == render_document(doc, figures) == render(runs, figures)
-    assert doc == json.loads(json.dumps(collect(runs)))
+    assert doc == checked(collect(runs))
     assert (site/'figures'/'00_toy'/'training.png').read_bytes() == b'training'
     publish(make(5, replace(system='01_other', title='Other'), system='01_other'), site)
     board = (site/'reports'/'index.md').read_text()

@@ -177,10 +177,19 @@ def _stop(number, frame):
     raise _Stopped
 
 
+@contextlib.contextmanager
+def _heeding_schedulers():
+    "Inside the block SIGTERM ends this command as Ctrl-C does, with exit code 143."
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        yield
+    except _Stopped:
+        raise typer.Exit(143) from None
+
+
 def _execute(path, out, values, run_dir):
     "papermill in a thread, the progress in this one. Returns the notebook's error, or None."
     import threading, warnings
-    signal.signal(signal.SIGTERM, _stop)
     warnings.filterwarnings('ignore')
     sys.modules.setdefault('rfc3987_syntax', None)  # compiles a grammar for two seconds; no notebook needs it
     import papermill
@@ -232,7 +241,6 @@ def _launch_failed(run_dir, why):
 def _train_together(path, values, processes, run_dir):
     "Have several processes train a run. Raises RuntimeError where one of them ends badly."
     from puzzle_research.core.launch import failure, launch, stop
-    signal.signal(signal.SIGTERM, _stop)
     os.environ.pop('PUZZLE_RUN_ID', None)
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder)/'launch.log'
@@ -310,21 +318,19 @@ def run(
     Examples: puzzle run 01_vision_puzzle | puzzle run nbs/01_vision_puzzle.ipynb -p budget full -p seed 1 |
     puzzle run 01 --resume 20260102-1430 | puzzle run 04_jepa_vq --launch 8
     """
-    path = notebook_path(notebook)
-    _bring_published(path)
-    name_columns(column)
-    tell(track)
-    values = values_of(path, param)
-    os.environ['PWD'] = os.getcwd()          # from where a path in `data` begins; the kernel goes elsewhere
-    if launch is not None:
-        _check_launch(path, launch, values, resume)
-    run_dir = _run_folder(system_of(path), values, resume)
-    print(f'{system_of(path)}: run {run_dir.name}', flush=True)
-    try:
+    with _heeding_schedulers():
+        path = notebook_path(notebook)
+        _bring_published(path)
+        name_columns(column)
+        tell(track)
+        values = values_of(path, param)
+        os.environ['PWD'] = os.getcwd()      # from where a path in `data` begins; the kernel goes elsewhere
+        if launch is not None:
+            _check_launch(path, launch, values, resume)
+        run_dir = _run_folder(system_of(path), values, resume)
+        print(f'{system_of(path)}: run {run_dir.name}', flush=True)
         if launch:
             _train_together(path, values, launch, run_dir)
             values = dict(run=run_dir.name)
         _execute_and_keep(path, values, run_dir, out)
-    except _Stopped:
-        raise typer.Exit(143) from None
     _print_outcome(run_dir)

@@ -6,10 +6,12 @@
 __all__ = ['split_files', 'one_file', 'near_misses']
 
 # %% ../../nbs/core/01i_places.ipynb #d45198ce
-import difflib, hashlib, json, os, re
+import difflib, hashlib, json, re
 from pathlib import Path
 
+from .files import read_json
 from .fingerprint import cache_folder
+from .seals import open_sealed
 from .sources import SOURCES
 
 # %% ../../nbs/core/01i_places.ipynb #5780c470
@@ -22,13 +24,22 @@ def _shards(folder, split): # all of them, or none
         raise ValueError(f'{folder} has {len(found)} of {of} files of {split}; number {absent[0]} is missing')
     return [found[k][0] for k in sorted(found)]
 
+# %% ../../nbs/core/01i_places.ipynb #83a66138
 def _arrow(folder): # files of `save_to_disk`
     if not (folder/'state.json').is_file():
         return []
-    state = json.loads((folder/'state.json').read_text())
+    state = read_json(folder/'state.json')
+    try:
+        files = [folder/Path(f['filename']).name for f in state['_data_files']]
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"{folder/'state.json'} is not what save_to_disk writes ({type(e).__name__}: {e}); "
+                         'expected a list _data_files') from e
+    absent = [f.name for f in files if not f.is_file()]
+    if absent or not files:
+        raise ValueError(f"{folder} lacks {absent[0] if absent else 'any file'}, which its state.json names")
     if state.get('_indices_files'):
         raise ValueError(f'{folder} holds a selection of rows; call flatten_indices() before save_to_disk()')
-    return [folder/f['filename'] for f in state['_data_files']]
+    return files
 
 def split_files(folder:Path, # of the set
     split:str, config:str='' # its configuration on the hub, a folder there
@@ -43,28 +54,44 @@ def split_files(folder:Path, # of the set
 
 # %% ../../nbs/core/01i_places.ipynb #0bf1233f
 def _batches(path):
+    "Raises ValueError naming the file that cannot be read."
     import pyarrow as pa, pyarrow.parquet as pq
-    if path.suffix == '.parquet':
-        return pq.ParquetFile(path).iter_batches()
-    return pa.ipc.open_stream(pa.memory_map(str(path)))
+    try:
+        if path.suffix == '.parquet':
+            yield from pq.ParquetFile(path).iter_batches()
+            return
+        for batch in pa.ipc.open_stream(pa.memory_map(str(path))):
+            batch.validate(full=True)
+            yield batch
+    except (pa.ArrowException, OSError) as e:
+        kind = 'Parquet' if path.suffix == '.parquet' else 'Arrow as save_to_disk writes it'
+        raise ValueError(f'{path} cannot be read: {str(e).splitlines()[0]}. It is damaged, cut short, a Git '
+                         f'LFS pointer, or of another format; expected {kind}') from e
+
+# %% ../../nbs/core/01i_places.ipynb #42d9f812
+def _join(files, path):
+    import pyarrow.parquet as pq
+    writer = None
+    for file in files:
+        for batch in _batches(file):
+            writer = writer or pq.ParquetWriter(path, batch.schema)
+            if batch.schema != writer.schema:
+                raise ValueError(f'{file} has other columns than {files[0].name}; expected the same in all '
+                                 'files of a split')
+            writer.write_batch(batch)
+    if writer is None:
+        raise ValueError(f'{files[0].parent} holds no row of {path.stem}')
+    writer.close()
 
 def one_file(files, split:str) -> Path:
     "The file, or all of them as one in the cache."
     if len(files) == 1 and files[0].suffix == '.parquet':
         return files[0]
-    import pyarrow.parquet as pq
     about = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
-    path = cache_folder()/'joined'/key/f'{split}.parquet'
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside, writer = path.with_name(f'.{split}.{os.getpid()}.aside'), None
-        for batch in (batch for f in files for batch in _batches(f)):
-            writer = writer or pq.ParquetWriter(aside, batch.schema)
-            writer.write_batch(batch)
-        writer.close()
-        os.replace(aside, path)
-    return path
+    key = hashlib.sha256(json.dumps([2, about]).encode()).hexdigest()[:24]
+    def make(folder): _join(files, folder/f'{split}.parquet')
+    def read(folder): return folder/f'{split}.parquet'
+    return open_sealed(cache_folder()/'joined'/key, read, make, f'{split}, joined from {len(files)} files,')
 
 # %% ../../nbs/core/01i_places.ipynb #6f3a427d
 def _plain(name): return re.sub('[^a-z0-9]', '', name.lower())

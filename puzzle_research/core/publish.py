@@ -14,7 +14,7 @@ from pathlib import Path
 from .beside import headline, references
 from .collect import collect, folders
 from .config import notebook_of, root
-from .evidence import altered
+from .evidence import altered, checked, read_checked
 from .lint import lint
 from .measure import BARS, show_given
 from .model_hub import OnHub, weights_path
@@ -52,9 +52,10 @@ def board(documents:list, folder:str='') -> str: # markdown
 # %% ../../nbs/core/13_publish.ipynb #daa54be1
 def documents(folder:Path=None # project root
 ) -> list:
-    "The published documents, by name of their system. A publication that was cut off is completed first."
+    """The published documents, by name of their system. A publication that was cut off is completed first.
+    Raises ValueError naming one that is not what `publish` wrote."""
     finish_swap(folder or root())
-    return [read_json(p) for p in sorted(((folder or root())/'reports'/'summaries').glob('*.json'))]
+    return [read_checked(p) for p in sorted(((folder or root())/'reports'/'summaries').glob('*.json'))]
 
 def render_board(docs:list) -> str: # markdown
     claim = 'What each system reached, beside its best rival, its limit and its bars.'
@@ -204,7 +205,7 @@ def weights_of(run_dir:Path) -> dict: # name of the file in the project -> bytes
 # %% ../../nbs/core/13_publish.ipynb #c2717080
 def _changes(dirs, base, force): # files that become new, names that go
     draw_over_seeds(dirs)
-    doc = collect(dirs)
+    doc = checked(collect(dirs))
     _refuse_if_worse(doc, base, force)
     system = doc['system']
     others = [d for d in documents(base) if d['system'] != system]

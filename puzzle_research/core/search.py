@@ -38,21 +38,36 @@ def which_way(system:str, metric:str, given:str='') -> str: # minimize or maximi
     return ways[given or found]
 
 # %% ../../nbs/core/23_search.ipynb #3ec321dd
+def _study(path, **about): # of a journal, with all its trials
+    from optuna import create_study
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+    try:
+        storage = JournalStorage(JournalFileBackend(str(path)))
+        study = create_study(storage=storage, load_if_exists=True, **about)
+        study.get_trials(deepcopy=False)
+        return study
+    except OSError:
+        raise
+    except Exception as e:                   # whatever optuna stumbles over, the way out is the same
+        raise ValueError(f'{path} is damaged ({type(e).__name__}: {e}); move it away and search under the '
+                         'same name anew: runs that are finished are kept') from e
+
+# %% ../../nbs/core/23_search.ipynb #80944d41
 def open_study(name:str, way:str, seed:int=None): # an optuna.Study
     """The study of a name, new or as it was left. A seed repeats the draws of a new study; one that goes on
-    must not draw the same points again. Raises ImportError where optuna is not installed."""
+    must not draw the same points again. Raises ImportError without optuna, ValueError for a torn journal."""
     try:
         import optuna
     except ImportError:
         needed = "pip install 'puzzle_research[search]'"
         raise ImportError(f'puzzle search needs the package optuna: {needed}') from None
-    from optuna.storages.journal import JournalFileBackend
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sweep_folder(name).mkdir(parents=True, exist_ok=True)
-    storage = optuna.storages.JournalStorage(JournalFileBackend(str(sweep_folder(name)/'journal.log')))
     sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=8, constant_liar=True)
-    return optuna.create_study(study_name=name, storage=storage, direction=way, load_if_exists=True,
-                               sampler=sampler, pruner=optuna.pruners.MedianPruner(n_startup_trials=4))
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=4)
+    return _study(sweep_folder(name)/'journal.log', study_name=name, direction=way, sampler=sampler,
+                  pruner=pruner)
 
 # %% ../../nbs/core/23_search.ipynb #eef6b650
 @dataclass

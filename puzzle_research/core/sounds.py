@@ -40,8 +40,18 @@ def _mended(data): # the file with a true size of its samples
     return data
 
 # %% ../../nbs/core/01h_sounds.ipynb #79acef3a
+def _end_of_caf(data): # where its chunks end; 0 where the last has no size
+    at = 8
+    while at + 12 <= len(data):
+        size = int.from_bytes(data[at + 4:at + 12], 'big', signed=True)
+        if size < 0:
+            return 0
+        at += 12 + size
+    return at
+
+# %% ../../nbs/core/01h_sounds.ipynb #46fe102e
 def _check_whole_file(data):
-    "Raises ValueError where AU, Wave64 or RF64 promise more bytes than there are."
+    "Raises ValueError where AU, Wave64, RF64 or CAF promise more bytes than there are."
     if data[:4] == b'.snd':
         size = int.from_bytes(data[8:12], 'big')
         promised = 0 if size == 2**32 - 1 else size + int.from_bytes(data[4:8], 'big')
@@ -49,11 +59,14 @@ def _check_whole_file(data):
         promised = int.from_bytes(data[16:24], 'little')
     elif data[:4] == b'RF64':
         promised = int.from_bytes(data[20:28], 'little') # of its ds64 chunk, which stands first
+    elif data[:4] == b'caff':
+        promised = _end_of_caf(data)
     else:
         return
     if promised > len(data) + 8:
         raise ValueError(f'the file has {len(data):,} bytes, its header promises {promised:,}')
 
+# %% ../../nbs/core/01h_sounds.ipynb #979d695d
 def _is_mp3(data) -> bool: return len(data) > 1 and data[0] == 255 and data[1] >> 5 == 7
 
 NO_TAG = b'ID3\4\0\0\0\0\0\n' + bytes(10)

@@ -11,7 +11,8 @@ import hashlib, time
 from collections import Counter, deque
 from pathlib import Path
 
-from .files import read_json, write_json
+from .evidence import checked, read_checked
+from .files import write_json
 from .local import Point
 from .params import nearest
 from .runs import Run, now, runs_folder
@@ -49,7 +50,8 @@ def sweep_folder(name:str) -> Path: return runs_folder()/'sweeps'/name
 def record(name:str, system:str, points:list):
     "Write which runs a sweep consists of."
     rows = [dict(values=p.values, run=p.run, status=p.status) for p in points]
-    write_json(sweep_folder(name)/'sweep.json', dict(name=name, system=system, written=now(), points=rows))
+    content = dict(name=name, system=system, written=now(), points=rows)
+    write_json(sweep_folder(name)/'sweep.json', checked(content))
 
 def known_sweeps() -> list: # names
     return sorted(p.parent.name for p in (runs_folder()/'sweeps').glob('*/sweep.json'))
@@ -58,7 +60,7 @@ def sweep_runs(name:str) -> list: # of Run
     "The runs of a recorded sweep that have begun. Raises ValueError for a name that none has."
     if name not in known_sweeps():
         raise ValueError(nearest(name, known_sweeps(), 'sweep'))
-    found = read_json(sweep_folder(name)/'sweep.json')
+    found = read_checked(sweep_folder(name)/'sweep.json')
     runs = [Run(runs_folder()/found['system']/p['run']) for p in found['points'] if p['run']]
     return [run for run in runs if (run.dir/'manifest.json').exists()]
 

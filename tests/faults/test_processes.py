@@ -2,7 +2,6 @@
 import os
 import shutil
 import signal
-import subprocess
 import time
 
 import matplotlib
@@ -179,18 +178,6 @@ def test_a_run_in_use_is_one_line_and_exit_1(faults, folder, command):
 
 
 # Full disks
-
-@pytest.fixture
-def small_disk(tmp_path):
-    "A folder on a disk of half a megabyte, where this user may mount one."
-    disk = tmp_path/'disk'
-    disk.mkdir()
-    mount = ['mount', '-t', 'tmpfs', '-o', 'size=512k', 'tmpfs', disk]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip('no disk may be mounted here')
-    yield disk
-    subprocess.run(['umount', '-l', disk], check=True)
-
 
 def test_a_disk_that_fills_while_training(faults, small_disk, monkeypatch):
     "At several steps: the error is that of the disk, and the run can be taken up once there is room."
