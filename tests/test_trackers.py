@@ -38,8 +38,8 @@ def test_wandb_offline(tracked):
 
 
 def test_trackio(tracked, monkeypatch, tmp_path):
+    monkeypatch.setenv('TRACKIO_DIR', str(tmp_path/'trackio'))     # read when the package is imported
     pytest.importorskip('trackio')
-    monkeypatch.setenv('TRACKIO_DIR', str(tmp_path/'trackio'))
     tracked('trackio')
     assert any((tmp_path/'trackio').rglob('*.db'))
 
