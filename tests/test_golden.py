@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from puzzle_research.audio_puzzle import AudioPuzzle, mel
+from puzzle_research.codec.files import weights_id
 from puzzle_research.core.data import load
+from puzzle_research.core.model_hub import weights_path
 from puzzle_research.language_puzzle import LanguagePuzzle
 from puzzle_research.text.any_text import decode_any, encode_any
 from puzzle_research.vision_puzzle import VisionPuzzle
@@ -75,3 +77,10 @@ def test_any_text_is_written_and_read_as_it_was(model):
     assert decode_any(digits) == text
     if model != 'bytes':                         # which another model writes shorter today
         assert np.array_equal(encode_any(text), digits)
+
+
+@pytest.mark.parametrize('name, first', [
+    ('vision', 'e52fad2343bc79b9'), ('audio', '93a7348c9e7a0771'), ('language', 'f54894718616c87d')])
+def test_weights_that_were_sealed_anew_keep_their_name(name, first):
+    "Puzzle files say which weights wrote them, and are read by no others."
+    assert weights_id(weights_path(f'{name}_puzzle')) == first
