@@ -6,26 +6,32 @@
 __all__ = ['cost_of', 'write_photo', 'write_sound', 'write_long_text', 'there_and_back']
 
 # %% ../../nbs/codec/16_large.ipynb #c1e05d17
-import os, subprocess, sys, time
+import json, os, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
 
 # %% ../../nbs/codec/16_large.ipynb #6400f016
+_BETWEEN = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+said = done.stdout.decode(errors='replace')[-1000:]
+print(json.dumps(dict(seconds=seconds, peak=peak, status=done.returncode, said=said)))
+"""
+
 def cost_of(command) -> tuple: # list of str -> seconds by the clock, peak of its memory in MB
     """With as many threads as there are cores. Raises RuntimeError with what the command said where it
     fails."""
-    start, env = time.perf_counter(), {k: v for k, v in os.environ.items() if k != 'OMP_NUM_THREADS'}
-    process = subprocess.Popen([str(c) for c in command], env=env, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT)
-    said = process.stdout.read().decode(errors='replace')
-    _, status, used = os.wait4(process.pid, 0)
-    process.stdout.close()
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f'{" ".join(map(str, command))}: exit status {process.returncode}\n{said[-1000:]}')
+    command, env = [str(c) for c in command], {k: v for k, v in os.environ.items() if k != 'OMP_NUM_THREADS'}
+    told = subprocess.run([sys.executable, '-c', _BETWEEN, *command], env=env, check=True,
+                          stdout=subprocess.PIPE)
+    cost = json.loads(told.stdout)
+    if cost['status']:
+        raise RuntimeError(f"{' '.join(command)}: exit status {cost['status']}\n{cost['said']}")
     scale = 1 if sys.platform == 'darwin' else 1024
-    return time.perf_counter() - start, used.ru_maxrss*scale/1e6
+    return cost['seconds'], cost['peak']*scale/1e6
 
 # %% ../../nbs/codec/16_large.ipynb #1343dc65
 def write_photo(path, megapixels:float):
