@@ -35,15 +35,14 @@ class Costs:
     def __init__(self, command):
         self.rows, self.command, self.over = [], command, []
 
-    def _put(self, what, seconds, beside, value, bar):
-        met = bar is None or value <= bar
+    def _put(self, what, seconds, beside, value, bar, judged=True):
         self.rows.append([what, seconds, beside, value, bar, self.command])
-        if not met:
+        if judged and value > bar:
             self.over.append(f'{what}: {value:.3g}, bar {bar:g} ({beside})')
 
-    def share(self, what, seconds, beside, whole, bar=None):
-        "`seconds` out of the `whole` time of `beside`; a share above `bar` is a failure."
-        self._put(what, seconds, beside, seconds/whole, bar)
+    def share(self, what, seconds, beside, whole, bar, judged=True):
+        "`seconds` of the `whole` time of `beside`. A share above `bar` is marked; a judged one is a failure."
+        self._put(what, seconds, beside, seconds/whole, bar, judged)
 
     def seconds(self, what, seconds, bar):
         self._put(what, seconds, '', seconds, bar)
@@ -106,7 +105,7 @@ def _costs(counted) -> str: # markdown
         return ''
     def shown(what, seconds, beside, value, bar, command):
         share = f'{value:.2%} of {beside}' if beside else ''
-        limit = '' if bar is None else f'{bar:.0%}' if beside else f'{bar:g} s'
+        limit = (f'{bar:.0%}' if beside else f'{bar:g} s') + (' ✓' if value <= bar else ' **✗**')
         return [what, f'{1000*seconds:,.1f} ms', share, limit, f'`{command}`']
     head = ['what', 'takes', 'share', 'bar, at most', 'measured by']
     table = Table(head, [shown(*row) for row in rows], right=(1, 3)).markdown()

@@ -133,7 +133,8 @@ def test_own_pictures_beside_the_formats_of_all(photos, tmp_path):
     told = json.loads(done.stdout)
     assert told['modality'] == 'picture' and told['total'] == 21
     rows = {row['coder']: row for row in told['rows']}
-    assert list(rows) == ['puzzles, stream', 'puzzles, grid', 'AVIF', 'WebP', 'JPEG', 'PNG, lossless']
+    assert list(rows) == ['puzzles, stream', 'puzzles, grid', 'AVIF 4:4:4, speed 6', 'WebP', 'JPEG 4:4:4',
+                          'PNG, lossless']
     wide = [50 + int(Path(name).stem) for name in told['items']]
     tiles = np.mean([2*-(-w//32) for w in wide])
     assert rows['puzzles, stream']['bytes'] == pytest.approx(373.717*tiles, abs=.01)      # of 900 digits
@@ -141,7 +142,8 @@ def test_own_pictures_beside_the_formats_of_all(photos, tmp_path):
     assert rows['PNG, lossless']['fidelity'] == 99 > rows['puzzles, grid']['fidelity'] > 20
     assert 'photos also holds 1 text, left out' in done.stderr
     text = (tmp_path/'out'/'bench.md').read_text()
-    assert '| AVIF |' in text and '](bench.png)' in text and (tmp_path/'out'/'bench.png').exists()
+    assert '| AVIF 4:4:4, speed 6 |' in text and '](bench.png)' in text
+    assert (tmp_path/'out'/'bench.png').exists()
 
 
 def test_own_texts_in_a_column_come_back_to_the_character(tmp_path):

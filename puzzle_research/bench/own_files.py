@@ -25,6 +25,7 @@ from ..text import files as _ # gives codecs of texts `encode_text`
 from ..text.codec import LanguagePuzzle, cells_used
 from ..vision.codec import VisionPuzzle
 from ..vision.files import from_tiles, to_tiles
+from ..vision.speed import PEERS, peer
 
 # %% ../../nbs/bench/07_own_files.ipynb #b49a5b38
 DIGIT = math.log2(10)/8 # bytes
@@ -71,14 +72,10 @@ class PictureFile(Files):
         self.form, self.knobs, self.options = form, knobs, options
 
     def write(self, x, knob):
-        from PIL import Image
-        file, quality = io.BytesIO(), {} if knob is None else dict(quality=knob)
-        Image.fromarray(x.permute(1, 2, 0).numpy()).save(file, self.form, **quality, **self.options)
-        return file.getvalue()
+        quality = {} if knob is None else dict(quality=knob)
+        return peer(self.form, self.options | quality)[0](x[None])[0]
 
-    def read(self, coded):
-        from PIL import Image
-        return torch.from_numpy(np.array(Image.open(io.BytesIO(coded)).convert('RGB'))).permute(2, 0, 1)
+    def read(self, coded): return peer(self.form, self.options)[1]([coded])[0]
 
 class SoundFile(Files):
     def __init__(self, form, subtype, knobs=(None,)):
@@ -116,9 +113,8 @@ def coders(modality:str) -> dict: # name -> coder; the first is ours, at whose s
     puzzles = {f'puzzles, {r}': ours(codec.from_pretrained(recipe=r)) for r in ('stream', 'grid')}
     quality = range(1, 100)
     return puzzles | dict(
-        picture={'AVIF': PictureFile('AVIF', quality, speed=6, max_threads=1),
-                 'WebP': PictureFile('WEBP', quality), 'JPEG': PictureFile('JPEG', quality),
-                 'PNG, lossless': PictureFile('PNG')},
+        picture={name: PictureFile(form, quality, **options) for name, (form, options) in PEERS.items()}
+        | {'PNG, lossless': PictureFile('PNG')},
         sound={'Opus': SoundFile('OGG', 'OPUS', np.linspace(1, 0, 32).tolist()),
                'FLAC, lossless': SoundFile('FLAC', 'PCM_16')},
         text={'xz -9': TextFile(lambda raw: lzma.compress(raw, preset=9), lzma.decompress),
