@@ -198,6 +198,12 @@ def test_pictures_say_what_is_dropped(files):
     assert open_picture(files/'logo.png', 'navy')[0][:, 0, 0].tolist() == [0, 0, 128]
     assert open_picture(files/'film.gif')[1] == ['only the first of its 3 frames']
     assert open_picture(files/'deep.tif')[1] == ['16 bits a channel rounded to 8']
+    Image.fromarray(np.full((8, 8), 4_000, np.uint16)).save(files/'dark.tif')
+    assert 'its brightest is 4000 of 65535' in open_picture(files/'dark.tif')[1][1]
+    half = np.zeros((8, 8, 4), np.uint8)
+    half[4:, :, 3] = 255
+    Image.fromarray(half).save(files/'logo.bmp')
+    assert 'its fourth channel' in open_picture(files/'logo.bmp')[1][0]
 
 
 def test_what_is_dropped_stands_on_stderr_and_in_the_meta(files, command):
@@ -217,6 +223,21 @@ def test_sounds_say_what_is_dropped(files, command):
     assert command('decode', files/'wide.wav.puzzle.json')[0] == 0
     back, _ = sf.read(files/'wide.decoded.wav')
     assert back.shape == wide.shape and 1.2 < np.abs(back).max() < 6
+
+
+def test_a_whistle_above_half_the_rate_is_said(files, command):
+    sf.write(files/'whistle.wav', .4*np.sin(2*np.pi*12_000/48_000*np.arange(48_000)), 48_000)
+    status, said = command('encode', files/'whistle.wav')
+    assert status == 0 and 'of its level lies below 8,000 Hz' in said and said.count('\n') == 1
+
+
+def test_a_whisper_is_scaled_up_and_comes_back_as_quiet(files, command):
+    sf.write(files/'whisper.wav', 1e-6*tone(6000), RATE, subtype='FLOAT')
+    status, said = command('encode', files/'whisper.wav')
+    assert status == 0 and 'far below full scale' in said and said.count('\n') == 1
+    assert command('decode', files/'whisper.wav.puzzle.json')[0] == 0
+    back, _ = sf.read(files/'whisper.decoded.wav')
+    assert 1e-7 < np.abs(back).max() < 1e-5
 
 
 def test_options_of_another_kind_are_refused(files, command):

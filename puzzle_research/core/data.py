@@ -6,7 +6,7 @@
 __all__ = ['log', 'Dataset', 'open_split', 'load', 'holdout', 'check']
 
 # %% ../../nbs/core/01_data.ipynb #4bf6caf3
-import hashlib, json, logging
+import hashlib, json, logging, re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +85,9 @@ def _some(broken): # the first three, for a message
     said = '; '.join(f"row {d['row']}{item}: {d['why']}" for d, item in zip(broken, items))
     return said + ('; ...' if len(broken) > 3 else '')
 
+def _without_values(why): # what differs from row to row of the same fault
+    return re.sub(r"'[^']*'|\b(True|False)\b|-?\d[\d.,e+-]*", '#', why)
+
 def _check_broken(name, split, meta, limit_rate):
     broken = [d for d in meta['dropped'] if d['kind'] == 'broken']
     tried = meta['total'] - (len(meta['dropped']) - len(broken))
@@ -92,7 +95,7 @@ def _check_broken(name, split, meta, limit_rate):
         return
     said = (f'{name}/{split}: {len(broken):,} of {tried:,} items are broken '
             f'({len(broken)/tried:.2%}, limit {limit_rate:.2%}): {_some(broken)}')
-    if len(broken) == tried and len({d['why'] for d in broken}) == 1:
+    if len(broken) == tried and len({_without_values(d['why']) for d in broken}) == 1:
         raise ValueError(f'{said}. No row is of the kind that {name} has: its columns hold something else')
     if len(broken) > limit_rate*tried or not meta['rows']:
         raise ValueError(f'{said}. The file is damaged: get it again (puzzle data fetch {name}), '

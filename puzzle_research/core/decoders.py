@@ -36,7 +36,10 @@ class Decoder:
 DECODERS = {} # name of a data set -> its decoder
 
 def _checked_label(label, classes):
-    if type(label) is not int or not 0 <= label < classes:
+    if type(label) is not int:
+        raise ValueError(f'label {label!r}, expected 0 to {classes-1} as whole numbers, not '
+                         f'{type(label).__name__}')
+    if not 0 <= label < classes:
         raise ValueError(f'label {label!r}, expected 0 to {classes-1}')
     return np.int16(label)
 

@@ -10,7 +10,7 @@ __all__ = ['FIELDS', 'UNITS', 'run_row', 'run_rows', 'runs_frame', 'since_time',
 import re
 from datetime import datetime, timedelta, timezone
 
-from .files import read_json
+from .files import naming, read_json
 from .params import nearest
 from .provenance import status
 from .runs import Run, runs_folder
@@ -18,16 +18,27 @@ from .runs import Run, runs_folder
 # %% ../../nbs/core/18_frame.ipynb #4f1ebb65
 FIELDS = ('recipe', 'budget', 'seed', 'start', 'seconds', 'error')   # of the manifest, as they are
 
-def run_row(run:Run) -> dict:
-    "A run as one flat dict. Raises ValueError, OSError or KeyError for a run that cannot be read."
+def _of_manifest(run):
     m = run.manifest
     row = dict(system=run.system, run=run.id, status=status(m)) | {name: m.get(name) for name in FIELDS}
+    if row['start']:
+        datetime.fromisoformat(row['start'])
     row |= dict(changed=' '.join(f'{k}={v}' for k, v in m['changed'].items()))
-    row |= {f'params.{name}': value for name, value in m['config'].items()}
+    return row | {f'params.{name}': value for name, value in m['config'].items()}
+
+def _of_summary(run):
     summary = run.dir/'summary.json'
     metrics = read_json(summary)['metrics'] if summary.exists() else {}
-    return row | {f'metrics.{name}': entry['value'] for name, entry in metrics.items()}
+    return {f'metrics.{name}': entry['value'] for name, entry in metrics.items()}
 
+def run_row(run:Run) -> dict:
+    "A run as one flat dict. Raises ValueError or OSError, naming run and file, for one that cannot be read."
+    with naming(run.dir/'manifest.json'):
+        row = _of_manifest(run)
+    with naming(run.dir/'summary.json'):
+        return row | _of_summary(run)
+
+# %% ../../nbs/core/18_frame.ipynb #49d5af24
 def run_rows(system:str='*') -> list: # of dicts, oldest first
     "A row for every run; one that cannot be read has the status `unreadable` and the reason."
     rows = []
@@ -35,7 +46,7 @@ def run_rows(system:str='*') -> list: # of dicts, oldest first
         run = Run(path.parent)
         try:
             rows.append(run_row(run))
-        except (ValueError, OSError, KeyError, TypeError, AttributeError) as e:
+        except (ValueError, OSError) as e:
             rows.append(dict(system=run.system, run=run.id, status='unreadable', error=str(e)))
     return rows
 
@@ -43,7 +54,9 @@ def runs_frame(system:str='*'): # all systems
     "The runs of a system as a pandas DataFrame: run, status, `params.NAME`, `metrics.NAME`."
     import pandas as pd
     frame = pd.DataFrame(run_rows(system))
-    return frame.assign(start=pd.to_datetime(frame.start)) if 'start' in frame else frame
+    if 'start' in frame:
+        frame = frame.assign(start=pd.to_datetime(frame.start, format='ISO8601', utc=True))
+    return frame
 
 # %% ../../nbs/core/18_frame.ipynb #af9ee5b3
 UNITS = dict(m='minutes', h='hours', d='days', w='weeks')

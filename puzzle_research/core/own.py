@@ -8,6 +8,7 @@ __all__ = ['SIDE', 'RATE', 'PIECE', 'KINDS', 'SPLITS', 'log', 'picture_rows', 's
 
 # %% ../../nbs/core/01j_own.ipynb #a1323217
 import hashlib, io, json, logging, os, re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,18 +20,21 @@ from .hub import hub_problem
 from .params import root
 from .pictures import read_picture
 from .seals import open_sealed
-from .sounds import read_channels
+from .sounds import lost_above, mixed, read_channels
 from .sources import SOURCES, Source, register, source
 
 # %% ../../nbs/core/01j_own.ipynb #6fc6af22
 SIDE, RATE = 32, 16_000     # of a picture in pixels; of a sound in Hz
 PIECE = 2000                # characters of a text, or a little more
 
-def picture_rows(name:str, data:bytes, label:int): # yields rows
+def picture_rows(name:str, data:bytes, label:int, said:Counter # what is dropped
+): # yields rows
     "The middle square of a picture, 32 pixels wide."
     from PIL import Image, ImageOps
     try:
-        picture = ImageOps.fit(Image.fromarray(read_picture(data)[0]), (SIDE, SIDE), Image.Resampling.LANCZOS)
+        pixels, notes = read_picture(data)
+        said.update(notes)
+        picture = ImageOps.fit(Image.fromarray(pixels), (SIDE, SIDE), Image.Resampling.LANCZOS)
         out = io.BytesIO()
         picture.save(out, 'PNG')
         data = out.getvalue()
@@ -45,11 +49,13 @@ def _clip(x): # (n,) float -> bytes of a WAV file
     return out.getvalue()
 
 # %% ../../nbs/core/01j_own.ipynb #8474db72
-def sound_rows(name:str, data:bytes, label:int): # yields rows
+def sound_rows(name:str, data:bytes, label:int, said:Counter): # yields rows
     "A clip for every second of a recording, and for a rest of a quarter or more."
     try:
-        x, rate = read_channels(data)
-        x = resampled(x.mean(1), rate, RATE)
+        wide, rate = read_channels(data)
+        wide, notes = mixed(wide)
+        x = resampled(wide[:, 0].copy(), rate, RATE)
+        said.update(notes + lost_above(wide, x, RATE))
         starts = range(0, max(1, len(x) - RATE//4 + 1), RATE)
         clips = [(f'{name} at {i//RATE} s', _clip(x[i:i + RATE])) for i in starts]
     except BROKEN:
@@ -58,7 +64,7 @@ def sound_rows(name:str, data:bytes, label:int): # yields rows
         yield dict(file=file, audio=dict(bytes=clip, path=file), label=label)
 
 # %% ../../nbs/core/01j_own.ipynb #0b4aa082
-def text_rows(name:str, data, label:int): # yields rows; bytes, or a str
+def text_rows(name:str, data, label:int, said=None): # yields rows; bytes, or a str
     "Pieces of a text, each of whole lines where lines are short."
     try:
         text = data if isinstance(data, str) else data.decode('utf-8')
@@ -90,7 +96,7 @@ class Kind:
     "How own files stand in for a registered set."
     word:str        # for messages
     column:str      # that holds an item
-    rows:callable   # (name, data, label) -> rows
+    rows:callable   # (name, data, label, Counter of what is dropped) -> rows
     endings:callable
 
 KINDS = dict(
@@ -174,7 +180,7 @@ def place_of(where:str) -> tuple: # path, column (empty: the one that fits)
         return _hub_folder(repository), column
     begins = (Path(), Path(os.environ.get('PWD', '.')), root())    # a kernel may have gone elsewhere
     for name, column in dict.fromkeys([(where, ''), where.rpartition(':')[::2]]):
-        found = [p for p in (b/Path(name).expanduser() for b in begins) if name and p.exists()]
+        found = [p for p in (b/os.path.expanduser(name) for b in begins) if name and p.exists()]
         if found:
             return found[0].resolve(), column
     raise FileNotFoundError(f'data = {where!r}: no such file or folder; expected auto, real, bundled, a '
@@ -212,20 +218,23 @@ def items_in(path, column, kind): # Items, files left alone
         raise ValueError(f'data = {str(path)!r}: expected a folder, or a file that ends in .parquet')
     return _of_folder(path, kind)
 
+# %% ../../nbs/core/01j_own.ipynb #aed54187
 def _write(path, column, like, folder):
     import pyarrow as pa, pyarrow.parquet as pq
-    kind, given, groups = KINDS[like], {}, {}
+    kind, given, groups, said = KINDS[like], {}, {}, Counter()
     items, aside = items_in(path, column, kind)
     most = DECODERS[like].options.get('classes', 1)
     for item in items:
         label = groups.setdefault(item.group, min(len(groups), most - 1))
-        given.setdefault(item.split, {})[item.name] = list(kind.rows(item.name, item.data, label))
+        given.setdefault(item.split, {})[item.name] = list(kind.rows(item.name, item.data, label, said))
     found = sum(len(rows) for files in given.values() for rows in files.values())
     if found < 3:
         raise ValueError(f'{path} holds {found} {kind.word}s ({aside} other files); expected at least 3, '
                          f'as {", ".join(sorted(kind.endings())[:6])} ...')
     if aside:
         log.warning('%s: %s files are no %ss and were left alone', path, aside, kind.word)
+    for note, n in said.most_common(5):
+        log.warning('%s: %s of its %ss: %s', path, f'{n:,}', kind.word, note)
     for split, rows in _parted(given, tuple(source(like).splits)).items():
         pq.write_table(pa.Table.from_pylist(rows), folder/f'{split}.parquet')
 

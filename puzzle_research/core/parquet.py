@@ -10,7 +10,7 @@ import difflib, functools, logging, os
 from pathlib import Path
 
 from .params import carried, root
-from .places import one_file, split_files
+from .places import one_file, refuse_pointer, split_files
 from .sources import check_split, source
 
 # %% ../../nbs/core/01b_parquet.ipynb #08984215
@@ -22,7 +22,8 @@ def _warn_no_folder(path): # once a process
 
 def data_folders() -> list: # paths
     "Where sets are looked for, in order: `PUZZLE_DATA`, `data/` of the project, that of the wheel."
-    named = [root()/Path(p).expanduser() for p in os.environ.get('PUZZLE_DATA', '').split(os.pathsep) if p]
+    given = os.environ.get('PUZZLE_DATA', '').split(os.pathsep)
+    named = [root()/os.path.expanduser(os.path.expandvars(p)) for p in given if p]
     for path in named:
         if not path.is_dir():
             _warn_no_folder(path)
@@ -42,11 +43,9 @@ def find(name:str, # set
 
 # %% ../../nbs/core/01b_parquet.ipynb #09a389c6
 def _unreadable(path, name, why) -> ValueError:
+    refuse_pointer(path)
     with open(path, 'rb') as f:
         head = f.read(40)
-    if head.startswith(b'version https://git-lfs'):
-        return ValueError(f'{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull` '
-                          'where it was cloned')
     if not b'PAR1'.startswith(head[:4]):
         return ValueError(f'{path} is not a readable Parquet file of {name}: it begins with {head[:16]!r}. '
                           'It is of another format, or damaged or cut short; expected Parquet')

@@ -20,15 +20,26 @@ def _scaled(image, notes): # grey of many bits -> mode L
     from PIL import Image as Pillow
     if image.mode == 'F':
         notes.append('numbers with a point rounded to 8 bits')
+    if a.max() < white/8:
+        notes.append(f'dark: its brightest is {a.max():g} of {white:g}, which is taken as white')
     return Pillow.fromarray(np.round(a*(255/white)).astype(np.uint8))
 
 def _bits(image) -> int: # of a channel in the file
     "More than 8 are seen in the mode for grey, in Pillow's name of the raw data for colours, in PPM's white."
     codec, _, _, raw = image.tile[0] if image.tile else ('', (), 0, '')
     white = raw[1] if codec.startswith('ppm') else 0
+    if ';32' in str(raw):
+        return 32
     return 16 if ';16' in str(raw) or image.mode.startswith('I') or white > 255 else 8
 
 # %% ../../nbs/core/01g_pictures.ipynb #09ed2cc9
+def _has_fourth(image, data) -> bool:
+    "Does a BMP hold a channel that Pillow skips, and that is not the same everywhere?"
+    _, _, start, raw = image.tile[0] if image.tile else ('', (), 0, '')
+    if image.format != 'BMP' or not str(raw).startswith("('BGRX'"):
+        return False
+    return len(set(data[start + 3:start + 4*image.width*image.height:4])) > 1
+
 def _on_background(image, background, notes): # -> without transparency
     from PIL import Image as Pillow, ImageColor
     if not image.has_transparency_data:
@@ -43,9 +54,9 @@ def _on_background(image, background, notes): # -> without transparency
 # %% ../../nbs/core/01g_pictures.ipynb #bd7f8b2a
 def _in_srgb(image, profile, notes): # -> mode RGB
     from PIL import ImageCms
-    if not profile:
-        if image.mode in ('CMYK', 'LAB'):
-            notes.append(f'colours converted from {image.mode} without a profile')
+    if image.mode == 'LAB' or image.mode == 'CMYK' and not profile:
+        notes.append(f'colours converted from {image.mode} without a profile')
+    if image.mode == 'LAB' or not profile:
         return image.convert('RGB')
     try:
         theirs = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -103,23 +114,32 @@ def check_colour(name:str):
         raise ValueError(f'unknown colour {name!r}; expected a name such as white, or #rrggbb') from None
 
 # %% ../../nbs/core/01g_pictures.ipynb #b69bf180
+def _opened(data):
+    from PIL import Image as Pillow, UnidentifiedImageError
+    check_end(data)
+    try:
+        return Pillow.open(io.BytesIO(without_text(data)))
+    except Pillow.DecompressionBombError as e:
+        raise ValueError(str(e)) from e
+    except UnidentifiedImageError:
+        begins = f'no format of pictures begins with {data[:12]!r}' if data else 'it is empty'
+        raise ValueError(begins) from None
+
+# %% ../../nbs/core/01g_pictures.ipynb #7eb97229
 def read_picture(data:bytes, # a whole file
     background:str='white' # colour under what is transparent: a name, or #rrggbb
 ) -> tuple: # uint8 (H, W, 3), list of what was dropped or changed
     "Raises ValueError, OSError or SyntaxError for what is no whole picture, or too large a one."
-    from PIL import Image as Pillow, ImageOps
+    from PIL import ImageOps
     notes = []
-    check_end(data)
-    try:
-        image = Pillow.open(io.BytesIO(without_text(data)))
-    except Pillow.DecompressionBombError as e:
-        raise ValueError(str(e)) from e
-    with image:
+    with _opened(data) as image:
         frames, profile = getattr(image, 'n_frames', 1), image.info.get('icc_profile')
         if frames > 1:
             notes.append(f'only the first of its {frames} frames')
-        if _bits(image) > 8:
-            notes.append('16 bits a channel rounded to 8')
+        if _bits(image) > 8 and image.mode != 'F':
+            notes.append(f'{_bits(image)} bits a channel rounded to 8')
+        if _has_fourth(image, data):
+            notes.append('its fourth channel, which BMP gives no meaning, is left out')
         upright = ImageOps.exif_transpose(image)
         if upright.mode in WIDE:
             upright = _scaled(upright, notes)
