@@ -388,10 +388,27 @@ def test_what_is_no_number_is_marked(kind, bad):
 
 
 @pytest.mark.parametrize('kind', KINDS_OF_CODES)
-@pytest.mark.parametrize('sizes', [(0, 64), (-1, 64), (8, 0), (8, 1), (8, 2.5), (8.5, 64), (8, '64')])
+@pytest.mark.parametrize('sizes', [(0, 64), (-1, 64), (8, 0), (8, 1), (8, 2.5), (8.5, 64), (8, '64'),
+                                   (8, 2**40), (2**62, 2)])
 def test_bad_sizes_are_value_errors(kind, sizes):
     with pytest.raises(ValueError, match='expected a whole number'):
         make_quantizer(kind, *sizes)
+
+
+@pytest.mark.parametrize('knobs', [dict(decay='.9'), dict(commitment_cost=None), dict(restart_threshold='x'),
+                                   dict(commitment_cost=float('nan'))])
+def test_bad_knobs_are_value_errors(knobs):
+    with pytest.raises(ValueError, match=next(iter(knobs))):
+        make_quantizer('ema', 8, 64, **knobs)
+
+
+@pytest.mark.parametrize('kind', ['ema', 'rotation'])
+def test_the_gradient_of_a_direction_is_bounded_at_zero(kind):
+    q = make_quantizer(kind, 8, 64, kmeans_init=False, cosine=True).eval()
+    for size in (0., 1e-40, 1e-12, 1e-6):
+        z = (size*torch.randn(10, 8)).requires_grad_()
+        q(z).z_q.sum().backward()
+        assert z.grad.norm(dim=1).max() <= 1e5
 
 
 def test_the_rotated_gradient_is_bounded_at_zero():

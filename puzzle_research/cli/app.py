@@ -101,10 +101,22 @@ def _told(error) -> int: # exit code
     return 2 if of_typer or isinstance(error, Usage) or type(error) is ValueError else 1
 
 
+def _asked_about(command, argv): # -> the command whose help is asked for, and what is left of the words
+    "Straight to it: on the way Typer would load pydantic, which takes longer than all else."
+    name, rest = 'puzzle', list(argv)
+    while rest and rest[-1] == '--help' and rest[0] in getattr(command, 'commands', {}):
+        name = f'{name} {rest[0]}'
+        command = command.commands[rest.pop(0)]
+    return (command, name, rest) if rest == ['--help'] else (None, '', argv)
+
+
 def main():
     "Run the command line."
     _say_warnings()
     command, argv = typer.main.get_command(app), join_params(sys.argv[1:])
+    about, name, rest = _asked_about(command, argv)
+    if about:
+        sys.exit(about.main(rest, prog_name=name, standalone_mode=False))
     if not argv or argv == ['data']:
         argv.append('--help')
     files = argv[:1] in (['encode'], ['decode'])

@@ -10,6 +10,7 @@ import hashlib, json, logging, math
 from pathlib import Path
 
 from .files import write_atomic
+from .places import refuse_pointer
 
 # %% ../../nbs/core/06b_checkpoint.ipynb #d88c2e22
 def pack(tree, # nested dict, list, tuple, tensor, array, number, str, bool, None
@@ -88,7 +89,10 @@ def load_state(path:Path):
     where it is not whole."""
     from safetensors import safe_open, SafetensorError
     try:
+        refuse_pointer(path)
         with safe_open(path, 'pt') as f:
+            if 'state' not in (f.metadata() or {}):
+                raise ValueError('it says nothing of a state, as where another program wrote it')
             header = json.loads(f.metadata()['state'])
             tensors = {k: f.get_tensor(k) for k in f.keys()}
         said, tree = header.get('digest'), header['tree']

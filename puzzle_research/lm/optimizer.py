@@ -113,7 +113,7 @@ HIGHEST = dict(lr=math.inf, weight_decay=math.inf, momentum=1, lamb=math.inf, al
 BESIDE = ('params', 'kind', 'name', 'param_names', 'initial_lr') # what a group may hold beside settings
 
 def _groups(params, model, adam_lr): # groups, each with its rate
-    groups = parameter_groups(model) if model else list(params)
+    groups = parameter_groups(model) if model else list(params or ())
     if not all(isinstance(g, dict) for g in groups):
         raise ValueError('MuGrokfast cannot tell hidden matrices from others in a list of parameters: '
                          'give the model itself, or parameter_groups(model)')
@@ -122,10 +122,13 @@ def _groups(params, model, adam_lr): # groups, each with its rate
 
 def _check_settings(settings):
     for name, top in HIGHEST.items():
-        if not 0 <= settings[name] <= top:
-            raise ValueError(f'{name} is {settings[name]}; expected 0 to {top:g}')
-    if not all(0 <= beta < 1 for beta in settings['betas']):
-        raise ValueError(f"betas are {settings['betas']}; expected numbers from 0 to below 1")
+        value = settings[name]
+        if not isinstance(value, (int, float, Tensor)) or not 0 <= value <= top or value == math.inf:
+            raise ValueError(f'{name} is {value!r}; expected 0 to {top:g}')
+    betas = settings['betas']
+    pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+    if not pair or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in betas):
+        raise ValueError(f'betas are {betas!r}; expected two numbers from 0 to below 1')
     check_size('ns_steps', settings['ns_steps'])
 
 # %% ../../nbs/lm/03_optimizer.ipynb #f2d984a8
@@ -140,6 +143,8 @@ def add_param_group(self:MuGrokfast, group:dict):
         raise ValueError(f'a parameter group has kind {kind!r}; expected muon or adamw '
                          '(parameter_groups(model) makes both)')
     _check_settings(self.defaults | group)
+    if 'params' not in group:
+        raise ValueError('a parameter group has no params; expected tensors of floats')
     params = group['params']
     group['params'] = [params] if isinstance(params, Tensor) else list(params)
     for p in group['params']:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from ..codec.files import weights_path
+from ..codec.files import check_holder, weights_path
 from ..core.model_hub import OnHub
 from ..core.puzzle import check
 from ..core.runs import load_state, save_state
@@ -172,8 +172,7 @@ def save(self:TextGrid, path): save_state(path, dict(characters=self.table))
 def load_table(path) -> TextGrid:
     "Read what `TextGrid.save` wrote. Raises ValueError for a file that is not whole, or of something else."
     state = load_state(path)
-    if not isinstance(state, dict) or 'characters' not in state:
-        raise ValueError(f'{path} holds other weights than those of TextGrid')
+    check_holder(path, state, 'TextGrid')
     return TextGrid(state['characters'])
 
 TextGrid.load = staticmethod(load_table)
