@@ -47,7 +47,8 @@ def test_help(typed, command):
     assert r.returncode == 0 and f'Usage: puzzle {command}'.strip() in r.stdout
 
 
-@pytest.mark.parametrize('words', ['run', 'bench', 'sweep', 'search', 'compare', 'best', 'reports', 'data list'])
+@pytest.mark.parametrize('words', ['run', 'bench', 'sweep', 'search', 'compare', 'best', 'reports',
+                                   'data list'])
 def test_help_needs_nothing_heavy(words):
     "Half a second is held by what is imported; a clock would depend on the machine."
     call = CALL.format(['puzzle', *words.split(), '--help'])
