@@ -28,15 +28,26 @@ def _chunks(x, size=8192):
         part = x[i:i+size]
         yield unit_scale(part).reshape(len(part), -1)
 
-def _fit_pca(x):
-    mean = sum(c.sum(0, dtype=np.float64) for c in _chunks(x))/len(x)
-    if not np.isfinite(mean).all():
-        raise ValueError('data hold NaN or infinite values; drop those items first')
+def _by_covariance(x, mean): # -> variances, smallest first; vectors, one a column
     covariance = np.zeros((len(mean),)*2)
     for c in _chunks(x):
         c = c - mean.astype(np.float32)
         covariance += c.T @ c
-    values, vectors = np.linalg.eigh(covariance/len(x))
+    return np.linalg.eigh(covariance/len(x))
+
+# %% ../../nbs/core/05g_pca.ipynb #7062e97c
+def _by_items(x, mean): # the same
+    rows = np.concatenate(list(_chunks(x))) - mean
+    _, sizes, vectors = np.linalg.svd(rows, full_matrices=True)
+    variances = np.zeros(len(mean))
+    variances[:len(sizes)] = sizes**2/len(x)
+    return variances[::-1], vectors[::-1].T
+
+def _fit_pca(x):
+    mean = sum(c.sum(0, dtype=np.float64) for c in _chunks(x))/len(x)
+    if not np.isfinite(mean).all():
+        raise ValueError('data hold NaN or infinite values; drop those items first')
+    values, vectors = (_by_items if 8*len(x) <= len(mean) else _by_covariance)(x, mean)
     components = np.ascontiguousarray(vectors[:, ::-1].T, np.float32)
     return PCA(mean.astype(np.float32), components, values[::-1].clip(0))
 
