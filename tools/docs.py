@@ -20,7 +20,8 @@ TEXTS = ['README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'CITATION.cff', 'LICENS
 FOLDERS = ['nbs', 'reports', 'figures', 'docs']
 PARTS = {
     'codec': 'What the codecs share', 'vision': 'Pictures', 'audio': 'Sounds', 'text': 'Texts', 'arc': 'ARC',
-    'jepa': 'JEPA', 'ternary': 'Ternary operations', 'lm': 'Language model', 'core': 'Core',
+    'jepa': 'JEPA', 'modalities': 'Three modalities',
+    'ternary': 'Ternary operations', 'lm': 'Language model', 'core': 'Core',
 }
 
 
