@@ -31,18 +31,16 @@ class Faults:
 
 
 class Costs:
-    "What safety costs, measured by one test."
+    "What safety costs, measured by one test. A clock fails no test: what is above its bar is marked."
     def __init__(self, command):
-        self.rows, self.command, self.over = [], command, []
+        self.rows, self.command = [], command
 
-    def _put(self, what, seconds, beside, value, bar, judged=True):
+    def _put(self, what, seconds, beside, value, bar):
         self.rows.append([what, seconds, beside, value, bar, self.command])
-        if judged and value > bar:
-            self.over.append(f'{what}: {value:.3g}, bar {bar:g} ({beside})')
 
-    def share(self, what, seconds, beside, whole, bar, judged=True):
-        "`seconds` of the `whole` time of `beside`. A share above `bar` is marked; a judged one is a failure."
-        self._put(what, seconds, beside, seconds/whole, bar, judged)
+    def share(self, what, seconds, beside, whole, bar):
+        "`seconds` of the `whole` time of `beside`."
+        self._put(what, seconds, beside, seconds/whole, bar)
 
     def seconds(self, what, seconds, bar):
         self._put(what, seconds, '', seconds, bar)
@@ -50,12 +48,11 @@ class Costs:
 
 @pytest.fixture
 def costs(request):
-    "Keeps what this test measured for the report, and fails where a bar is not met."
+    "Keeps what this test measured for the report."
     measured = Costs(f'pytest {request.node.nodeid} -m slow --reliability')
     yield measured
     request.node.user_properties.append(('costs', measured.rows))
     assert measured.rows, 'nothing was measured'
-    assert not measured.over, measured.over[0]
 
 
 @pytest.fixture

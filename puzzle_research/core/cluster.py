@@ -7,7 +7,7 @@ __all__ = ['STOPPED', 'needs', 'looked_for', 'lacks', 'packed', 'unpack', 'stop_
            'as_sent', 'Cluster', 'other_data', 'connect', 'cluster_engine']
 
 # %% ../../nbs/core/21_cluster.ipynb #7af4fce2
-import io, logging, os, signal, subprocess, tarfile, tempfile, time
+import io, logging, os, re, signal, subprocess, tarfile, tempfile, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -253,6 +253,8 @@ def connect(address:str='', jobs:int=None, seconds:float=10.): # a distributed.C
     if not address:
         return Client(LocalCluster(n_workers=jobs or 1, threads_per_worker=1, dashboard_address=None,
                                    silence_logs=logging.ERROR))
+    if not re.fullmatch(r'([a-z]+://)?\S+[:/]\d+', address):
+        raise ValueError(f'--scheduler {address!r}: expected an address such as tcp://host:8786')
     try:
         return Client(address, timeout=seconds, set_as_default=False)
     except (OSError, ValueError) as e:

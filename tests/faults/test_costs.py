@@ -18,7 +18,7 @@ from puzzle_research.core.runs import Run, begin
 Config = make_config(parse_parameters("recipe:str = 'best'\nbudget:str = 'test'\nseed:int = 0\nrun:str = ''"))
 OPENED = '''
 import json, time
-began, checked = time.perf_counter(), 0.
+began, checked, calls = time.perf_counter(), 0., 0
 import numpy as np
 import torch
 from puzzle_research.core import data, fingerprint, seals
@@ -26,8 +26,8 @@ from puzzle_research.core import data, fingerprint, seals
 def timed(module, name):
     work = getattr(module, name)
     def counted(*args, **kwargs):
-        global checked
-        start = time.perf_counter()
+        global checked, calls
+        start, calls = time.perf_counter(), calls + 1
         try:
             return work(*args, **kwargs)
         finally:
@@ -41,8 +41,8 @@ for array in found.arrays.values():
     for i in range(0, len(array), 512):
         torch.from_numpy(np.array(array[i:i + 512])).float()
 size = sum(a.nbytes for a in found.arrays.values())
-print(json.dumps(dict(checked=checked, load=opened - start, whole=opened - began, megabytes=size/1e6,
-                      items=time.perf_counter() - start, rows=len(found))))
+print(json.dumps(dict(checked=checked, calls=calls, load=opened - start, whole=opened - began,
+                      megabytes=size/1e6, items=time.perf_counter() - start, rows=len(found))))
 '''
 
 
@@ -55,6 +55,7 @@ def test_the_check_of_a_cache(costs, tmp_path, monkeypatch):
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         return json.loads(done.stdout.splitlines()[-1])
     first, later = opened(), [opened() for _ in range(3)]
+    assert {each['calls'] for each in (first, *later)} == {1}, 'every opening checks, and once'
     best = min(later, key=lambda each: each['checked'])
     what = f"check of {best['rows']:,} cached pictures ({best['megabytes']:.0f} MB)"
     costs.share(what, first['checked'], 'the load that decodes them', first['load'], .05)
@@ -62,7 +63,7 @@ def test_the_check_of_a_cache(costs, tmp_path, monkeypatch):
     checked = best['checked']
     for beside, whole in (('a later load and one pass over its items, without imports', best['items']),
                           ('a later load alone, which maps arrays and reads nothing', best['load'])):
-        costs.share(what, checked, beside, whole, .05, judged=False)    # narrower readings of load time
+        costs.share(what, checked, beside, whole, .05)      # narrower readings of load time
 
 
 @pytest.mark.slow
