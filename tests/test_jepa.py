@@ -24,7 +24,7 @@ from puzzle_research.jepa.losses import info_nce
 from puzzle_research.jepa.race import first_step
 from puzzle_research.jepa.retrieval import retrieval, seen_target, with_views
 from puzzle_research.jepa.training import said_by_monitor, stages, trainer
-from puzzle_research.jepa.whitening import whiten
+from puzzle_research.jepa.whitening import unwhitened
 from puzzle_research.jepa_vq import Config, build, compare, open_items
 from shared import (CHOSEN, assert_one_clear_line, heavy_imports, only_run, puzzle, start_child,
                     trained_together, wait_until)
@@ -205,20 +205,18 @@ def test_weights_reach_the_loss(batch, recipe, knobs):
 
 
 @RECIPES
-def test_whitening_raises_the_rank_and_training_sees_nothing_of_it(items, batch, recipe):
+def test_whitening_raises_the_rank_while_it_trains(batch, recipe):
     assert small_model(recipe=recipe, whitening=0.).whitener is None
-    model = small_model(recipe=recipe, whitening=1.).eval()
-    torch.manual_seed(1)
-    loss, before = model(batch)[0], model.unit_sides(batch)[1]
-    whiten(model, items.train)
-    after, maps = model.unit_sides(batch)[1], {k: v.clone() for k, v in model.whitener.state_dict().items()}
+    model = small_model(recipe=recipe, whitening=1.).train()
+    for _ in range(4):
+        model(batch)
+    model.eval()
+    maps = {k: v.clone() for k, v in model.whitener.state_dict().items()}
+    after, before = model.unit_sides(batch)[1], unwhitened(model).unit_sides(batch)[1]
     assert effective_rank(after) > effective_rank(before)
     assert torch.allclose(after.norm(dim=1), torch.ones(len(after)), atol=1e-5)
-    torch.manual_seed(1)
-    assert torch.equal(model(batch)[0], loss)
-    whiten(model, items.train) # again, from the same embeddings
-    for name, value in model.whitener.state_dict().items():
-        assert torch.allclose(value, maps[name], rtol=1e-3, atol=1e-4)
+    for name, value in model.whitener.state_dict().items(): # nothing follows in eval mode
+        assert torch.equal(value, maps[name])
 
 
 @pytest.mark.parametrize('bad, word', [

@@ -20,6 +20,7 @@ from ..core.model_hub import OnHub, weights_path
 from ..core.quantize import count_parameters, freeze
 from .encoder import Block, RelationalEncoder, WordEncoder, masked_mean
 from .losses import REGULARIZERS, info_nce, relations
+from .whitening import Whitening
 
 # %% ../../nbs/jepa/04_model.ipynb #aeaabded
 class Pool(nn.Module):
@@ -76,7 +77,7 @@ class JEPA(OnHub, nn.Module):
         self.head = head(self.encoder.out, self.DIM)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(.07)))
         self.slow = freeze(deepcopy(self.followed())) if cfg.target == 'ema' else None
-        self.whitener = self.identity() if cfg.whitening else None # set by `whiten`
+        self.whitener = self.whitening() if cfg.whitening else None
         if cfg.queue:
             self.register_buffer('queue', torch.zeros(cfg.queue, self.DIM))
             self.register_buffer('queued', torch.tensor(0))
@@ -92,12 +93,12 @@ def followed(self:JEPA): # what the slow copy copies
     return nn.ModuleDict(dict(encoder=self.encoder, head=self.head))
 
 @patch
-def identity(self:JEPA): # a frozen map of each side's embeddings that leaves them as they are
-    sides = nn.ModuleDict({side: nn.Linear(self.DIM, self.DIM) for side in ('context', 'target')})
-    for side in sides.values():
-        nn.init.eye_(side.weight)
-        nn.init.zeros_(side.bias)
-    return freeze(sides)
+def whitening(self:JEPA): # a layer for each side's embeddings
+    return nn.ModuleDict({side: Whitening(self.DIM, self.cfg.whitening) for side in ('context', 'target')})
+
+@patch
+def whitened(self:JEPA, side:str, x): # context or target; embeddings (n, d)
+    return x.float() if self.whitener is None else self.whitener[side](x)
 
 @patch
 def train(self:JEPA, mode:bool=True): # the slow copy stays in eval mode
@@ -107,9 +108,9 @@ def train(self:JEPA, mode:bool=True): # the slow copy stays in eval mode
     return self
 
 def learned_numbers(model:JEPA) -> int:
-    "Trained weights, codes, and the maps that are set in closed form."
-    maps = model.whitener.parameters() if model.whitener is not None else ()
-    return count_parameters(model) + sum(p.numel() for p in maps)
+    "Trained weights, codes, and the means and maps that whiten."
+    layers = model.whitener.values() if model.whitener is not None else ()
+    return count_parameters(model) + sum(w.map.numel() + w.mean.numel() for w in layers)
 
 # %% ../../nbs/jepa/04_model.ipynb #a686857c
 def flat_grids(o): # Objects (B, C, M) -> (B*C, M)
@@ -147,18 +148,25 @@ def sides(self:JEPA, batch): # -> context and target (B, d) before whitening; co
 @patch
 def unit_sides(self:JEPA, batch): # -> context and target embeddings (B, d) of length 1; codes as above
     p, t, codes = self.sides(batch)
-    if self.whitener is not None:
-        p, t = self.whitener['context'](p), self.whitener['target'](t)
+    p, t = self.whitened('context', p), self.whitened('target', t)
     return F.normalize(p, dim=1), F.normalize(t, dim=1), codes
 
 # %% ../../nbs/jepa/04_model.ipynb #302c65a2
+@patch
+def spread(self:JEPA, p, z, present): # p (B, d), z (B, C + 1, d) -> the same, whitened
+    singles = self.whitened('target', z[present])
+    white = singles.new_zeros(z.shape)
+    white[present] = singles
+    return self.whitened('context', p), white
+
 @patch
 def negatives(self:JEPA, z, present): # (n, d) of other grids than the targets, or None
     if self.cfg.queue:
         return self.queue[:min(int(self.queued), self.cfg.queue)]
     if self.slow is None:
-        return F.normalize(z[:, :-1][present[:, :-1]].float(), dim=1)
+        return F.normalize(z[:, :-1][present[:, :-1]], dim=1)
 
+# %% ../../nbs/jepa/04_model.ipynb #87036e7c
 @patch
 def relational(self:JEPA, o, e, present): # contexts against the target, contexts against one another
     near = adjacency(o).flatten(0, 1)
@@ -175,9 +183,9 @@ def invariant(self:JEPA, o, p, t, present): # p, t (B, d) of length 1; published
     views = (.1, recoloured(o, colours)), (.05, shifted(o)), (.05, turned(o, mirror))
     total = 0.
     for weight, view in views:
-        q, z, _ = self.parts(view, present, False)
-        moved = (F.normalize(q.float(), dim=1) - p).square().mean()
-        total = total + weight*(moved + (F.normalize(z[:, -1].float(), dim=1) - t).square().mean())
+        q, z = self.spread(*self.parts(view, present, False)[:2], present)
+        moved = (F.normalize(q, dim=1) - p).square().mean()
+        total = total + weight*(moved + (F.normalize(z[:, -1], dim=1) - t).square().mean())
     return total
 
 # %% ../../nbs/jepa/04_model.ipynb #8456eabd
@@ -186,9 +194,10 @@ def forward(self:JEPA, batch) -> tuple: # (loss, {part: value})
     "The loss of a batch."
     cfg, o, present = self.cfg, of_batch(batch), batch['present']
     p, z, e = self.parts(o, present)
-    t = z[:, -1] if self.slow is None else self.slow_target(o)
-    unit_p, unit_t = F.normalize(p.float(), dim=1), F.normalize(t.float(), dim=1)
-    nce, top1 = info_nce(unit_p, unit_t, self.temperature, self.negatives(z, present))
+    white_p, white_z = self.spread(p, z, present)
+    t = white_z[:, -1] if self.slow is None else self.whitened('target', self.slow_target(o))
+    unit_p, unit_t = F.normalize(white_p, dim=1), F.normalize(t, dim=1)
+    nce, top1 = info_nce(unit_p, unit_t, self.temperature, self.negatives(white_z, present))
     if self.slow is None:
         nce = (nce + info_nce(unit_t, unit_p, self.temperature)[0])/2
     loss = dict(info_nce=nce, quantiser=e.q.loss)

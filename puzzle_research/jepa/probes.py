@@ -6,6 +6,8 @@
 __all__ = ['NUMBERS', 'balanced_accuracy', 'ridge', 'attributes', 'grid_vectors', 'Probes', 'mixed_words', 'without_words']
 
 # %% ../../nbs/jepa/09_probes.ipynb #eb4ec2eb
+from contextlib import contextmanager
+
 import numpy as np, torch
 
 from ..arc import tasks as arc
@@ -86,11 +88,11 @@ def mixed_words(module, args, out): # forward hook of a quantiser
     z[real] = words[torch.randperm(len(words), generator=torch.Generator().manual_seed(0))]
     return out._replace(z_q=z)
 
-def without_words(model, test, temperature:float) -> float: # TestSet
-    "i_nce where words are mixed: what places, colours and sizes tell alone."
+@contextmanager
+def without_words(model):
+    "Words are mixed for a while: what remains is what places, colours and sizes tell."
     hook = model.encoder.vq.register_forward_hook(mixed_words)
     try:
-        p, t, _ = embeddings(model, test.items)
+        yield model
     finally:
         hook.remove()
-    return test.retrieval(p, t, temperature)['i_nce']

@@ -21,7 +21,7 @@ RECIPES = dict(
     target=             ('ema',     'shared'),
     regularizer=        ('sigreg',  'vicreg'),
     regularizer_weight= (.1,        3.),
-    whitening=          (0.,        1.),
+    whitening=          (0.,        .8),
     relational_weight=  (.025,      0.),
     invariance=         (1.,        0.),
     queue=              (8192,      0),
@@ -53,15 +53,18 @@ SIZES_SEED = dict(
     twin=            (False, False,  False,   False), # the published recipe is compared with nothing
     published=       (False, False,  False,   False),
     compare_seeds=   (0,     0,      0,       0),
+    cell_steps=      (0,     0,      0,       0),
 )
 SIZES_BEST = dict(
     batch_size=      (16,    256,    256,     512),
     accumulate=      (1,     1,      1,       1),
     epochs=          (2,     5,      10,      30),
-    epoch_steps=     (2,     25,     40,      100),
+    epoch_steps=     (2,     25,     60,      100),
+    generated=       (40,    1000,   1000,    5000),
     twin=            (True,  False,  True,    True),
     published=       (True,  False,  True,    True),
     compare_seeds=   (1,     1,      3,       3),
+    cell_steps=      (2,     80,     1500,    10_000),
 )
 
 # %% ../../nbs/jepa/00_recipes.ipynb #dee0ed4d
@@ -84,7 +87,8 @@ CHOICES = dict(
 ONE_OR_MORE = ('accumulate', 'epochs', 'epoch_steps', 'compare_steps', 'collapse_steps', 'patience',
                'alert_rising')
 ZERO_OR_MORE = ('rate', 'commitment', 'refresh_interval', 'regularizer_weight', 'relational_weight',
-                'invariance', 'queue', 'min_delta', 'compare_seeds', 'abort_after', 'abort_plateau')
+                'invariance', 'queue', 'min_delta', 'compare_seeds', 'cell_steps', 'abort_after',
+                'abort_plateau')
 SHARES = ('warmup', 'ema_decay', 'whitening', 'alert_usage')
 
 # %% ../../nbs/jepa/00_recipes.ipynb #1bb2abc6
@@ -101,6 +105,9 @@ BOUNDS = dict( # lowest and highest; None: no bound
     temperature_min=(.001, None),
     temperature_max=(.001, None),
     candidates=(16, None),
+    cell_batch=(2, None),
+    cell_width=(2, None),
+    cell_layers=(1, 12),
 )
 for names, bound in ((ONE_OR_MORE, (1, None)), (ZERO_OR_MORE, (0, None)), (SHARES, (0, 1))):
     BOUNDS |= dict.fromkeys(names, bound)

@@ -43,7 +43,7 @@ def embed(self:JEPA, grids) -> torch.Tensor: # (n, 256), of length 1
     side = self.followed() if self.slow is None else self.slow
     with evaluating(self):
         z = torch.cat([side['head'](side['encoder'](o, False).grid).float() for o in self.in_parts(grids)])
-        return F.normalize(z if self.whitener is None else self.whitener['target'](z), dim=1)
+        return F.normalize(self.whitened('target', z), dim=1)
 
 # %% ../../nbs/jepa/14_use.ipynb #8c4680c5
 @patch
