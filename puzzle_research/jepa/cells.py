@@ -41,7 +41,8 @@ def planes_of(context) -> Planes: # uint8 (B, C, S, S), OUTSIDE beyond the edges
     share = torch.cat([torch.full_like(colour, 1, dtype=torch.float), (~occurs).sum(1).float()])/10
     covered = inside.any(1, keepdim=True)
     zero = zero.view(-1, 1, 1, 1) & covered[item]
-    return Planes(torch.cat([own, inside[item], zero], 1).float(), item, share, plane, covered.float())
+    seen = torch.cat([own, inside[item], zero], 1).float()
+    return Planes(seen.to(memory_format=torch.channels_last), item, share, plane, covered.float())
 
 # %% ../../nbs/jepa/04a_cells.ipynb #9188b2bd
 class CellLayer(nn.Module):
@@ -54,9 +55,9 @@ class CellLayer(nn.Module):
 
     def forward(self, h, p:Planes):
         rows, columns = h.sum(3).mT, h.sum(2).mT # (P, S, w)
-        y = self.near(h).permute(0, 2, 3, 1)
-        y = y + self.row(rows/8)[:, :, None] + self.column(columns/8)[:, None]
-        y = y + self.whole(rows.sum(1)/64)[:, None, None]
+        lines = self.column(columns/8) + self.whole(rows.sum(1)/64)[:, None]
+        lines = self.row(rows/8)[:, :, None] + lines[:, None]
+        y = self.near(h).permute(0, 2, 3, 1) + lines
         y = y + self.others(over_colours(h, p).permute(0, 2, 3, 1))[p.item]
         return (h + F.relu(self.norm(y)).permute(0, 3, 1, 2))*p.inside[p.item]
 
@@ -67,7 +68,7 @@ def over_colours(h, p:Planes): # (P, ...) -> (B, ...): the mean over ten colours
 # %% ../../nbs/jepa/04a_cells.ipynb #22046d10
 FLOOR = .02 # of the probability of a cell, shared by all values
 FAR = -7. # logit of a colour where no grid of the context has a cell
-SIDES = 10, 15, 20, 30 # canvases are cut to the first that holds their context
+SIDES = 6, 10, 12, 15, 18, 21, 25, 30 # canvases are cut to the first that holds their context
 
 class Cells(nn.Module):
     "What the cells of the next grid will be: contexts uint8 (B, C, S, S) -> log-probabilities (B, 11, S, S)."
@@ -78,6 +79,7 @@ class Cells(nn.Module):
         self.colour = nn.Conv2d(width + 2*context, 1, 1)
         self.outside = nn.Conv2d(width, 1, 1)
         self.log_scale = nn.Parameter(torch.tensor(math.log(.1))) # of scores, in training
+        self.to(memory_format=torch.channels_last) # channels of a cell side by side: faster
 
     def cut(self, context): # all of one side, large enough -> logits (B, 11, side, side)
         p = planes_of(context)
