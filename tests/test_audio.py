@@ -252,7 +252,7 @@ def test_what_the_command_line_refuses(tmp_path, command):
     for args, word in (
         (('encode', 'text.wav'), 'text.wav cannot be read as a sound'),
         (('decode', 'odd.json', '-o', tmp_path/'x.wav'), 'holds 1 puzzles; a sound of 99999'),
-        (('decode', 'old.json', '-o', tmp_path/'x.wav'), 'was written with weights 0123'),
+        (('decode', 'old.json', '-o', tmp_path/'x.wav'), "was written with weights '0123'"),
         (('decode', 'smell.json'), "'smell'"),
     ):
         status, said = command(args[0], tmp_path/args[1], *args[2:])

@@ -372,7 +372,7 @@ def test_what_the_command_line_refuses(tmp_path, command):
         (('encode', 'noise.txt'), 'noise.txt is not UTF-8 text (byte 0xff'),
         (('decode', 'picture.json', '-o', tmp_path/'x.png'), 'holds no picture'),
         (('decode', 'picture.json', '-o', tmp_path/'x.txt'), 'holds no text'),
-        (('decode', 'other.json', '-o', tmp_path/'x.txt'), 'was written with weights 0'),
+        (('decode', 'other.json', '-o', tmp_path/'x.txt'), "was written with weights '0'"),
     ):
         status, said = command(args[0], tmp_path/args[1], *args[2:])
         assert status in (1, 2) and word in said and said.count('\n') == 1, said

@@ -160,7 +160,7 @@ def test_bad_files_are_refused_by_name(tmp_path):
             encode_file(tmp_path/name, tmp_path/'p.json')
     for name, word in (('sound.json', 'sound.json holds no picture'),
                        ('short.json', 'holds 1 puzzles; a picture of 64x64 has 4'),
-                       ('strange.json', 'was written with weights 0000')):
+                       ('strange.json', "was written with weights '0000")):
         with pytest.raises(ValueError, match=word):
             decode_file(tmp_path/name, tmp_path/'x.png')
 
