@@ -40,7 +40,7 @@ from .jepa.words import draw_code_use, draw_vocabulary, draw_words, export_words
 
 # %% ../nbs/04_jepa_vq.ipynb #f1a90c32
 recipe:str = 'best' # seed: the published network, wired as it was meant; best: ours
-budget:str = 'quick' # test: seconds; quick: 3 minutes on two cores; small: 15 minutes; full: for a GPU
+budget:str = 'quick' # test: seconds; quick: minutes; small: most of an hour of a core; full: for a GPU
 data:str = 'auto' # real: ARC, generated tasks and re-arc; bundled: without re-arc; auto: with it where found
 seed:int = 0 # of weights, batches and views
 device:str = 'auto' # of training
@@ -313,6 +313,7 @@ def _spectra(state): # of test.safetensors
 
 def draw_seeds(runs:list):
     "The training curves of runs that differ only in seed, into the first run's folder."
+    style()
     over = f', mean of {len(runs)} seeds between the lowest and the highest' if len(runs) > 1 else ''
     _keep(runs[0], 'training', draw_training(runs),
           'Validation after each epoch: retrieval among fixed candidates, effective rank of both embeddings, '

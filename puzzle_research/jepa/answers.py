@@ -79,15 +79,22 @@ def calibrated_cells(cells, answer) -> float: # scores (n, K), (n,)
 class Answering:
     "A trained model and its network of cells (or None), put together on validation tasks."
     def __init__(self, model, cells, valid): # JEPA, Cells, TestSet
-        self.model, self.cells = model, cells
+        self.model, self.cells, self.known = model, cells, {}
         words, of_cells = self.scores(valid)
         right = valid.answer[:valid.asked]
         self.mixture, self.alone = fitted(words, of_cells, right), fitted(words, None, right)
         self.temperature = None if cells is None else calibrated_cells(of_cells, right)
 
     def scores(self, test) -> tuple: # (asked, K) by words, and by cells
-        words = test.scores(*embeddings(self.model, test.items)[:2])
-        return words, None if self.cells is None else scores_of_cells(self.cells, test)
+        return test.scores(*embeddings(self.model, test.items)[:2]), self.by_cells(test)
+
+    def by_cells(self, test) -> torch.Tensor: # scores (asked, K), or None without a network of cells
+        "Worked out once for each set: words are mixed up and asked again, cells are not."
+        if self.cells is None:
+            return None
+        if test not in self.known:
+            self.known[test] = scores_of_cells(self.cells, test)
+        return self.known[test]
 
     def together(self, words, cells) -> torch.Tensor: # log-probabilities (asked, K)
         return answers(words, cells, self.mixture)

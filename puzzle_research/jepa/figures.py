@@ -27,7 +27,7 @@ def _over_seeds(ax, seeds, key, label, colour):
 
 # %% ../../nbs/jepa/13_figures.ipynb #d0b2b0bc
 PANELS = { # title -> metric: label
-    'validation, nats': {'i_nce': 'i_nce', 'loss': 'loss'},
+    'words, validation, nats': {'i_nce': 'i_nce', 'loss': 'loss'},
     'effective rank, of 256': {'effective_rank_context': 'context', 'effective_rank_target': 'target'},
     'codes, on validation grids': {'codes_used': 'codes used', 'codebook_perplexity': 'codebook perplexity'},
 }
@@ -46,7 +46,7 @@ def draw_training(runs:list): # one run, or several that differ only in seed
         for (key, label), colour in zip(lines.items(), (COLORS['blue'], COLORS['orange'])):
             _over_seeds(ax, seeds, key, label, colour)
         ax.set(xlabel='step', title=title, ylim=(0, None))
-        ax.legend(loc='upper left', bbox_to_anchor=(0, -.22), ncols=2, borderpad=0, handlelength=1.2)
+        ax.legend(borderpad=0, handlelength=1.2)
     return fig
 
 # %% ../../nbs/jepa/13_figures.ipynb #72c0311e
