@@ -160,6 +160,7 @@ def test_version_and_completion(typed, three_runs):
 
 def test_compare_is_a_table_a_text_and_a_figure(three_runs, typed, tmp_path):
     shown = typed('compare', 'run1', 'run2', '--metric', 'psnr', '--out', str(tmp_path/'out')).stdout
+    assert shown == typed('compare', 'run1', 'last', '--metric', 'psnr', '--out', str(tmp_path/'out')).stdout
     assert '33.15 ± 0.35' in shown and '| psnr | all | 2 |' in (tmp_path/'out'/'compare.md').read_text()
     assert (tmp_path/'out'/'curves.png').read_bytes().startswith(b'\x89PNG')
 

@@ -152,8 +152,7 @@ def publish(run:Annotated[list[str], argument('One run, or several that differ o
 ):
     "Put the summary, figures and report of finished runs into reports/ and figures/, in one step."
     from puzzle_research.core.publish import publish as publish_runs
-    from puzzle_research.core.runs import Run
-    print(os.path.relpath(publish_runs([Run.open(r).dir for r in run], force=force)))
+    print(os.path.relpath(publish_runs([_open(r).dir for r in run], force=force)))
 
 
 def _run_points(jobs):

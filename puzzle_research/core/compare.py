@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .beside import main_metrics
 from .files import naming
+from .frame import newest
 from .measure import show_given, show_number
 from .params import nearest
 from .runs import Run
@@ -23,14 +24,16 @@ from .table import Table
 ASIDE = ('seed', 'run')
 
 def runs_of(names) -> list: # of Run
-    "Runs by id, folder or sweep, or `Run`s themselves. Raises ValueError for what is none, or too few."
+    "Runs by id, `last`, folder or sweep, or `Run`s. Raises ValueError for what is none, or too few."
     names = [names] if isinstance(names, (str, Path, Run)) else list(names)
     found = []
     for name in names:
         if isinstance(name, Run):
             found.append(name)
+        elif name in known_sweeps():
+            found += sweep_runs(name)
         else:
-            found += sweep_runs(name) if name in known_sweeps() else [Run.open(name)]
+            found.append(newest() if name == 'last' else Run.open(name))
     found = list({run.dir: run for run in found}.values())
     systems = sorted({run.system for run in found})
     if len(systems) > 1:

@@ -8,7 +8,7 @@ __all__ = ['parameter_changes', 'reasons', 'brief', 'stale', 'points_of', 'regen
 # %% ../../nbs/core/20_stale.ipynb #64674d02
 from pathlib import Path
 
-from .params import nearest, notebook_of, notebook_parameters
+from .params import nearest, notebook_of, notebook_parameters, root
 from .publish import documents, publish
 from .runs import Run, runs_folder
 from .same import Here, code_changes, data_change
@@ -44,8 +44,11 @@ def brief(texts:list, most:int=4) -> str:
 
 # %% ../../nbs/core/20_stale.ipynb #a1c82487
 def stale(systems=(), folder:Path=None) -> dict: # system -> (document, reasons), of all that are published
-    "Why each published report is stale. Raises ValueError for a system that has published none."
+    "Why each published report is stale. Raises ValueError where none or not that one is published."
     docs, here = {doc['system']: doc for doc in documents(folder)}, Here()
+    if not docs:
+        raise ValueError(f"nothing is published in {(folder or root())/'reports'/'summaries'}; go to a "
+                         'checkout of the project, or publish with `puzzle publish RUN`')
     for name in systems:
         if name not in docs:
             raise ValueError(nearest(name, list(docs), 'published report'))
