@@ -2,10 +2,13 @@
 import hashlib
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from scipy import ndimage
 
+from puzzle_research.arc import tasks
 from puzzle_research.arc.features import adjacency, published_features, walk_features
 from puzzle_research.arc.generator import generate, sequences
 from puzzle_research.arc.grids import OUTSIDE, components, cut, recolour, sizes, stack_grids, symmetry, walk
@@ -14,6 +17,8 @@ from puzzle_research.arc.primitives import NAMES, run_program
 from puzzle_research.arc.tasks import canonical, demonstrations, rearc_tasks, training_tasks
 from puzzle_research.arc.tasks import test_tasks as evaluation_tasks
 from puzzle_research.arc.views import turned
+from puzzle_research.cli.data import _tasks_too
+from puzzle_research.core.data import check
 
 
 @pytest.fixture(scope='module')
@@ -218,3 +223,30 @@ def test_recolouring_keeps_what_lies_outside():
 def test_run_program_takes_any_size():
     grid = np.arange(30).reshape(1, 30).astype(np.uint8)%10
     assert run_program(grid, [('mirror_y', {})])[1][0, 0] == 9
+
+
+def test_a_parquet_file_of_ones_own(tmp_path, monkeypatch):
+    "Its tasks are read, and the manifest says so; what is no task is named by `puzzle data check` too."
+    file = tmp_path/'arc-agi-1'/'training.parquet'
+    file.parent.mkdir()
+    monkeypatch.setenv('PUZZLE_DATA', str(tmp_path))
+    monkeypatch.setenv('PUZZLE_CACHE', str(tmp_path/'cache'))
+    def write(train, test):
+        pq.write_table(pa.Table.from_pylist([dict(task_id='my task', train=train, test=test)]), file)
+        tasks._official.cache_clear()
+    pair = dict(input=[[1, 2]], output=[[2], [1]])
+    write([pair, pair], [pair])
+    [task] = tasks.official('arc-agi-1', 'training')
+    about = tasks.as_dataset([task], 'arc-agi-1', 'training').describe()
+    assert (task.id, task.shown, len(task.pairs), about['origin']) == ('my task', 2, 3, 'local')
+    assert _tasks_too(check('arc-agi-1')[0])['status'] == 'ok'
+    cases = [('[]', 'column train of my task holds str, no pairs'),
+             ([dict(input=[[12]], output=[[1]])], 'to 12'),
+             ([dict(input=[[1], [1, 2]], output=[[1]])], 'rows of different lengths'),
+             ([dict(input=[[1]], output=None)], 'output 0 is missing')]
+    for train, why in cases:
+        write(train, [pair])
+        with pytest.raises(ValueError, match=why):
+            tasks.official('arc-agi-1', 'training')
+        assert why in _tasks_too(check('arc-agi-1')[0])['status']
+    tasks._official.cache_clear()

@@ -12,6 +12,7 @@ import puzzle_research.vision.files as vision
 from puzzle_research.audio.files import open_sound
 from puzzle_research.cli.files import _codec
 from puzzle_research.core.puzzle import load_puzzles, save_puzzles
+from puzzle_research.core.sounds import read_channels
 from puzzle_research.vision.files import open_picture
 from shared import PUZZLE
 
@@ -319,6 +320,28 @@ def test_whole_recordings_are_read(tmp_path, name, data):
     x, rate = open_sound(tmp_path/name)
     assert 8001 <= len(x) < 8001 + 320 and rate == RATE                # GSM fills its last block
     assert _codec(tmp_path/name) == 'audio.files'
+
+
+def uncounted(rate_mode): # an MP3 as a pipe leaves it: without the frame that says how many follow
+    out = io.BytesIO()
+    sf.write(out, np.stack([tone(40_000), tone(40_000)/2], 1), 44_100, format='MP3', bitrate_mode=rate_mode)
+    data = out.getvalue()
+    return data[data.index(data[:2], 4):]
+
+
+@pytest.mark.parametrize('mode', ['CONSTANT', 'VARIABLE'])
+def test_an_mp3_that_does_not_say_its_length(mode):
+    "It is read to its end, also where another follows; libsndfile stops where it guesses the end."
+    data, tag = uncounted(mode), b'ID3\4\0\0\0\0\1\0' + bytes(128)
+    once = read_channels(data)[0]
+    assert 40_000 <= len(once) < 40_000 + 4*1152 and once.shape[1] == 2
+    for between in (b'', tag, b'TAG' + bytes(125)):
+        twice = read_channels(tag + data + between + data)[0]
+        assert 80_000 <= len(twice) < 80_000 + 8*1152
+    with pytest.raises(ValueError, match='its last frame lacks'):
+        read_channels(data[:-20])
+    with pytest.raises(ValueError, match='no frame of MP3 at byte'):
+        read_channels(data + bytes([7]*500) + data)
 
 
 @pytest.mark.parametrize('name', ['a.wav', 'a.aiff', 'a.au', 'a.w64', 'a.flac'])

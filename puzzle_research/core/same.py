@@ -20,7 +20,9 @@ from .runs import Run, runs_folder
 # %% ../../nbs/core/15_same.ipynb #d4430313
 def module_file(name:str) -> Path: # of this package; None where it is not there
     "Where a module lies: `puzzle_research.core.runs` in `puzzle_research/core/runs.py`."
-    base = root().joinpath(*name.split('.'))
+    import puzzle_research
+    installed = Path(puzzle_research.__file__).parents[1]    # from a wheel: there is no project
+    base = (root() if (root()/'puzzle_research').is_dir() else installed).joinpath(*name.split('.'))
     return next((p for p in (base.with_suffix('.py'), base/'__init__.py') if p.is_file()), None)
 
 class Here:
