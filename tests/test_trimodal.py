@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from puzzle_research.modalities.items import (
     ENDS, MODALITIES, Encoded, Part, codecs, encoded, other_language, pictures, sounds, spoken_anew, texts,
     tones, turned)
+from puzzle_research.modalities.judged import by_place, diversity, judged, learned_judge, texts_judged
 from puzzle_research.modalities.measures import by_nearest_mean, few_shot, mean_of, retrieval, six_directions
-from puzzle_research.modalities.network import TOKENS, Trimodal, from_tokens, to_tokens
+from puzzle_research.modalities.network import Trimodal, from_tokens, to_tokens
 from puzzle_research.modalities.phrases import NOUNS, NUMBERS, meanings, number_in, phrases, split_of
 from puzzle_research.modalities.training import (
     TrimodalBatches, attraction, coarse_places, orders, trimodal_loss, writing_loss)
-from puzzle_research.modalities.translation import cuts, diversity, drawn, translate
+from puzzle_research.modalities.translation import Pairs, Writers, drawn, train_writers
 
 
 def tiny(**sizes):
@@ -253,12 +254,68 @@ def test_one_batch_is_learned():
 
 # translation
 
-def test_every_symbol_is_written_and_the_same_seed_writes_the_same():
-    model, z = tiny(), F.normalize(torch.randn(3, 16), dim=1)
+def test_every_symbol_is_written_and_the_same_seed_writes_the_same(tmp_path):
+    torch.manual_seed(0)
+    writers, z = Writers(COARSE, 16).eval(), F.normalize(torch.randn(3, 16), dim=1)
+    writers.save(tmp_path/'writers.safetensors')
+    again = Writers.load(tmp_path/'writers.safetensors').eval()
     for m in MODALITIES:
-        made = translate(model, z, m, COARSE.get(m), seed=1)
-        assert made.max() <= 9 and made.equal(translate(model, z, m, COARSE.get(m), seed=1))
-        assert cuts(m)[-1] == 2 and len(cuts(m)) <= TOKENS[m][0]
+        made = writers.translate(z, m, seed=1)
+        assert made.shape == (3, 30, 30) and made.max() <= 9
+        assert made.equal(again.translate(z, m, seed=1))
+        assert not made.equal(writers.translate(z, m, 2., seed=2))
+    with pytest.raises(ValueError, match="unknown modality 'smell'; known: picture, sound, text"):
+        writers.translate(z, 'smell')
+
+
+def test_writers_learn_what_an_embedding_says():
+    "Two kinds of puzzles for even and odd numbers: each is written from its embedding, in all its digits."
+    labels = torch.arange(40) % 10
+    puzzles = digits(2)[labels % 2][:, None]
+    parts = {m: Encoded(puzzles, labels) for m in COARSE} | dict(text=Encoded(puzzles % 9, labels))
+    z = F.one_hot(labels % 2, 16).float()
+    torch.manual_seed(0)
+    writers = Writers(COARSE, 16)
+    train_writers(writers, Pairs(dict(picture=(z, labels)), parts, 64), 120, 1e-2)
+    for m in COARSE:
+        made = writers.eval().translate(z[:2], m, .3)
+        assert (made == puzzles[:2, 0]).float().mean() > .95
+    written = writers.translate(z[:2], 'text', .3)[:, :2]
+    assert (written == (puzzles[:2, 0] % 9)[:, :2]).float().mean() > .9
+
+
+def test_pairs_are_of_one_number_and_a_missing_one_is_named():
+    labels = torch.arange(30) % 10
+    puzzles = labels.view(-1, 1, 1, 1).expand(-1, 1, 30, 30).to(torch.uint8)
+    parts = dict(picture=Encoded(puzzles, labels))
+    known = {m: (F.one_hot(labels, 16).float(), labels) for m in ('sound', 'text')}
+    z, tokens = Pairs(known, parts, 50)(3)['picture']
+    assert z.argmax(1).equal(tokens[:, 0, 0]) and len(tokens.unique()) == 10
+    with pytest.raises(ValueError, match='picture: no item of class 7'):
+        Pairs(known, dict(picture=Encoded(digits(20)[:, None], labels[:20].masked_fill(labels[:20] == 7, 1))))
+
+
+def test_what_is_drawn_by_place_is_of_the_class():
+    labels = torch.arange(20) % 10
+    puzzles = labels.view(-1, 1, 1).expand(-1, 30, 30).to(torch.uint8)
+    asked = torch.tensor([3, 3, 8])
+    assert by_place(puzzles, labels, asked, 'picture')[:, 0, 0].equal(asked.to(torch.uint8))
+
+
+def test_copies_are_not_new_and_one_picture_is_not_diverse():
+    part = pictures('train').only(range(200))
+    judge = learned_judge(part.items[:, :1].float()/127.5 - 1, part.labels, 60)
+    real = part.items[100:], part.labels[100:]
+    copies = judged(judge, part.items[:40], part.labels[:40], *real, part.items[:100])
+    same, number = part.items[:1].expand(20, -1, -1, -1), part.labels[:1].expand(20)
+    one = judged(judge, same, number, *real, part.items[100:])
+    assert copies['recognised'] > 80 and copies['novelty'] < .05 and copies['diversity'] > .5
+    assert one['diversity'] == 0 and one['novelty'] > .5
+
+
+def test_texts_count_only_to_the_letter():
+    found = texts_judged(['page two', 'page tw', 'page nine'], torch.tensor([2, 2, 2]), ['page two'])
+    assert math.isclose(found['exact'], 100/3) and math.isclose(found['new'], 200/3)
 
 
 def test_a_low_temperature_draws_the_likeliest():
