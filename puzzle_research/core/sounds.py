@@ -136,7 +136,8 @@ def _counted(data): # an MP3 behind `NO_TAG`, with the number of its frames
         return data
     if end > len(data):
         raise ValueError(f'its last frame lacks {end - len(data):,} bytes')
-    if behind and not behind.startswith((b'APETAGEX', b'LYRICSBEGIN', b'TAG')):
+    padded = not behind and len(data) - end < 64           # more zeros are an end that was never written
+    if not padded and not behind.startswith((b'APETAGEX', b'LYRICSBEGIN', b'TAG')):
         raise ValueError(f'no frame of MP3 at byte {end - at:,}')
     return NO_TAG + _saying(data[at:at + 4], n) + data[at:]
 
