@@ -65,7 +65,7 @@ def page():
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         page = browser.new_page(viewport=dict(width=1400, height=1000))
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(300_000)
         yield page
         browser.close()
 
@@ -90,7 +90,7 @@ def test_a_system_runs_in_jupyterlab(page, lab):
     open_notebook(page, lab, '05_ternary_vae.ipynb')
     page.evaluate(SET, ['budget', "'test'"])
     page.evaluate(SET, ['data', "'bundled'"])
-    outputs = run_all(page, 5)
+    outputs = run_all(page, 20)
     assert "'test'" in page.evaluate(f'() => {CELLS}.map(cell => cell.model.sharedModel.getSource()).join()')
     figures = [o for o in outputs if 'image/png' in o.get('data', {})]
     assert len(figures) >= 3
@@ -108,7 +108,7 @@ def changes(page, element, act):
 
 def test_the_explorer_answers(page, lab, tmp_path):
     open_notebook(page, lab, 'guides/03_explore.ipynb')
-    run_all(page, 5)
+    run_all(page, 20)
     puzzles, decoded = page.locator('.recipe-grid canvas.puzzle'), page.locator('.recipe-grid img')
     puzzles.first.scroll_into_view_if_needed()
     changes(page, decoded.first, lambda: puzzles.first.click(position=dict(x=40, y=40)))

@@ -129,6 +129,7 @@ def bench(*args, status=0):
 def test_own_pictures_beside_the_formats_of_all(photos, tmp_path):
     (photos/'torn.png').write_bytes(b'\x89PNG\r\n\x1a\ntorn')
     (photos/'readme.md').write_text('a text')
+    Image.new('RGBA', (51, 40), (255, 0, 0, 128)).save(photos/'cats'/'1.png')
     done = bench(photos, '--items', 6, '--json', '--out', tmp_path/'out')
     told = json.loads(done.stdout)
     assert told['modality'] == 'picture' and told['total'] == 21
@@ -141,6 +142,8 @@ def test_own_pictures_beside_the_formats_of_all(photos, tmp_path):
     assert rows['WebP']['bytes'] <= rows['puzzles, stream']['bytes']
     assert rows['PNG, lossless']['fidelity'] == 99 > rows['puzzles, grid']['fidelity'] > 20
     assert 'photos also holds 1 text, left out' in done.stderr
+    assert told['dropped'] == {'transparency laid on white': 1}
+    assert '1 of them: transparency laid on white' in done.stderr
     text = (tmp_path/'out'/'bench.md').read_text()
     assert '| AVIF 4:4:4, speed 6 |' in text and '](bench.png)' in text
     assert (tmp_path/'out'/'bench.png').exists()

@@ -203,6 +203,7 @@ def own_figure(found:OwnItems, rows:list, shown:dict, n:int=6): # -> figure
 def told(found:OwnItems) -> list: # of sentences: what was read, and what was not
     n, word = len(found.items), found.modality
     lines = [f"{n} {word}{'s'*(n > 1)} of {found.total}"] + ([found.note] if found.note else [])
+    lines += [f'{count} of them: {note}' for note, count in found.said.most_common(5)]
     if found.unreadable:
         some = '; '.join(found.unreadable[:3]) + ('; ...' if len(found.unreadable) > 3 else '')
         lines.append(f'{len(found.unreadable)} cannot be read: {some}')

@@ -9,7 +9,7 @@ __all__ = ['LONGEST_SIDE', 'LONGEST_SOUND', 'LONGEST_TEXT', 'READERS', 'WHICH', 
 # %% ../../nbs/bench/06_own_items.ipynb #97bdb72d
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np, torch
@@ -19,34 +19,44 @@ from ..core.decoders import BROKEN, resampled
 from ..core.own import KINDS, Item, items_in, place_of
 from ..core.params import nearest
 from ..core.pictures import read_picture
-from ..core.sounds import read_channels
+from ..core.sounds import lost_above, mixed, read_channels
 
 # %% ../../nbs/bench/06_own_items.ipynb #becccba5
 LONGEST_SIDE, LONGEST_SOUND, LONGEST_TEXT = 256, 10, 100_000     # pixels, seconds, characters
 
-def whole_picture(data:bytes) -> torch.Tensor: # uint8 (3, H, W)
+def whole_picture(data:bytes, said:Counter) -> torch.Tensor: # uint8 (3, H, W)
     from PIL import Image
-    picture = Image.fromarray(read_picture(data)[0])
+    pixels, notes = read_picture(data)
+    picture = Image.fromarray(pixels)
     picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+    said.update(notes + [f'made smaller, to {LONGEST_SIDE} pixels']*(max(pixels.shape) > LONGEST_SIDE))
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
-def whole_sound(data:bytes) -> torch.Tensor: # float32 (n,), 16 kHz
-    x, rate = read_channels(data)
-    return torch.from_numpy(resampled(x.mean(1), rate, RATE)[:LONGEST_SOUND*RATE]).clamp(-1, 1)
+def whole_sound(data:bytes, said:Counter) -> torch.Tensor: # float32 (n,), 16 kHz
+    wide, rate = read_channels(data)
+    wide, notes = mixed(wide)
+    x = resampled(wide[:, 0].copy(), rate, RATE)
+    notes += lost_above(wide, x, RATE) + [f'cut after {LONGEST_SOUND} s']*(len(x) > LONGEST_SOUND*RATE)
+    said.update(notes)
+    return torch.from_numpy(x[:LONGEST_SOUND*RATE]).clamp(-1, 1)
 
-def whole_text(data) -> str: # bytes, or a str
+# %% ../../nbs/bench/06_own_items.ipynb #5a1d7c03
+def whole_text(data, said:Counter) -> str: # bytes, or a str
     text = data if isinstance(data, str) else data.decode('utf-8-sig')
     if not text.strip():
         raise ValueError('no characters in it')
+    said.update([f'cut after {LONGEST_TEXT:,} characters']*(len(text) > LONGEST_TEXT))
     return text[:LONGEST_TEXT]
 
 READERS = dict(picture=whole_picture, sound=whole_sound, text=whole_text)
 WHICH = {kind.word: kind for kind in KINDS.values()}
 
-def whole(modality:str, data): # bytes, or a str of a text -> a tensor, or a text
+def whole(modality:str, data, # bytes, or a str of a text
+    said:Counter # what is dropped
+): # a tensor, or a text
     if not isinstance(data, (bytes, str) if modality == 'text' else bytes):
         raise ValueError(f'{type(data).__name__} is no {modality}')
-    return READERS[modality](data)
+    return READERS[modality](data, said)
 
 # %% ../../nbs/bench/06_own_items.ipynb #f45294c9
 def ending_of() -> dict: # ending -> modality
@@ -71,7 +81,7 @@ COLUMNS = 'img', 'image', 'picture', 'photo', 'audio', 'sound', 'text', 'content
 def kind_of(data) -> str: # modality of a str, or of bytes; empty for none
     for word in ('text',) if isinstance(data, str) else ('picture', 'sound'):
         try:
-            whole(word, data)
+            whole(word, data, Counter())
             return word
         except BROKEN:
             continue
@@ -100,6 +110,7 @@ class OwnItems:
     total:int           # how many there were
     unreadable:list     # of texts: the name, and why
     note:str            # what was left out
+    said:Counter = field(default_factory=Counter)   # what was dropped of items, in words
 
 def _found(where, wanted): # -> modality, Items, how many, note
     path, column = place_of(where)
@@ -123,10 +134,10 @@ def own_items(where:str, # a folder, a file, Parquet, hub:owner/name; a column b
     if modality and modality not in WHICH:
         raise ValueError(nearest(modality, list(WHICH), 'modality'))
     word, items, total, note = _found(where, modality)
-    every, found, names, unreadable = max(1, total//n), [], [], []
+    every, found, names, unreadable, said = max(1, total//n), [], [], [], Counter()
     for item in (item for i, item in enumerate(items) if i % every == 0):
         try:
-            found.append(whole(word, item.data))
+            found.append(whole(word, item.data, said))
             names.append(item.name)
         except BROKEN as e:
             why = re.sub(r'<_io.BytesIO object at \w+>', 'the file', ' '.join(str(e).split()))
@@ -136,4 +147,4 @@ def own_items(where:str, # a folder, a file, Parquet, hub:owner/name; a column b
     if not found:
         why = unreadable[0] if unreadable else 'there is none'
         raise ValueError(f'{where}: none of {len(unreadable)} {word}s can be read; the first: {why}')
-    return OwnItems(word, found, names, total, unreadable, note)
+    return OwnItems(word, found, names, total, unreadable, note, said)

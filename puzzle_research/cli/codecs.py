@@ -14,7 +14,8 @@ def _bench_own(where, modality, items, as_json, out):
     print(*told(found), sep='\n', file=sys.stderr)
     if as_json:
         said = dict(data=where, modality=found.modality, fidelity=MEASURES[found.modality], items=found.names,
-                    total=found.total, unreadable=found.unreadable, note=found.note, rows=rows)
+                    total=found.total, unreadable=found.unreadable, note=found.note, dropped=found.said,
+                    rows=rows)
         print(json.dumps(said, indent=1))
     else:
         print_table(own_table(found, rows))

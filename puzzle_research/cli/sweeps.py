@@ -65,7 +65,8 @@ def _told(points):
         if point.status == 'refused':
             raise Usage(point.error)
         if halts(point):
-            raise OSError(f'{point.error}; free some space, then the same command goes on')
+            asked = '' if 'free some space' in point.error else '; free some space'
+            raise OSError(f'{point.error}{asked}; then the same command goes on')
     if not all(p.status in ('ok', 'kept') for p in points):
         raise typer.Exit(1)
 
