@@ -62,7 +62,7 @@ class PixelNet(nn.Module):
 # %% ../../nbs/vision/20_grid.ipynb #4f863282
 class GridPuzzle(OnHub, nn.Module):
     "uint8 images (B, 3, 32, 32) to uint8 puzzles (B, 30, 30) of digits 0-9, and back."
-    system, in_run, packaged = '09_readable_puzzles', 'pictures.safetensors', weights_path('picture_grid')
+    system, in_run, packaged = '01_vision_puzzle', 'grid.safetensors', weights_path('picture_grid')
 
     def __init__(self, first:int=2, stages:int=22, width:int=4):
         super().__init__()
