@@ -118,12 +118,12 @@ def open_images(cfg, run=None): # -> name, images, labels, fit (rows), valid, te
     n = min(cfg.test_images or len(test), len(test))
     valid, test = torch.tensor(images[valid_rows]), torch.tensor(test.arrays['image'][:n])
     labels, test_labels = (torch.from_numpy(np.array(d.arrays['label'])).long() for d in sets)
-    return SimpleNamespace(name=sets[0].name, images=images, labels=labels, fit=fit_rows, valid=valid, test=test,
-                           test_labels=test_labels[:n])
+    return SimpleNamespace(name=sets[0].name, images=images, labels=labels, fit=fit_rows, valid=valid,
+                           test=test, test_labels=test_labels[:n])
 
 # %% ../nbs/01_vision_puzzle.ipynb #c079
 def build(cfg) -> nn.Module:
-    "The model of the recipe: `seed` has exactly 83,777 parameters, the others at most so many learned numbers."
+    "The model of the recipe, of exactly (`seed`) or at most 83,777 learned numbers."
     torch.manual_seed(cfg.seed)
     if cfg.recipe == 'grid':
         return GridPuzzle()
@@ -192,7 +192,8 @@ BARS = [
     ('must', 'speedup_over_published', '>=', 10.),
 ]
 CLAIM = 'A 32x32 colour image becomes exactly 900 decimal digits, and comes back from the digits alone.'
-CLAIM_OF_GRID = 'A 32x32 colour image becomes 900 digits that can be read: each means the same wherever it stands.'
+CLAIM_OF_GRID = ('A 32x32 colour image becomes 900 digits that can be read: each means the same wherever it '
+                 'stands.')
 
 # %% ../nbs/01_vision_puzzle.ipynb #ed04365c
 def summarise(cfg, photos, metrics, theirs, table) -> dict:

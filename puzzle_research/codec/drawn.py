@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['ORDINAL', 'bare', 'draw_items', 'draw_wrong']
 
-# %% ../../nbs/codec/17_drawn.ipynb #2a06a3a1
+# %% ../../nbs/codec/17_drawn.ipynb #10d1228e
 import matplotlib.pyplot as plt
 import torch
 
 from .additive import changed
 from ..core.puzzle import arc_cmap
 
-# %% ../../nbs/codec/17_drawn.ipynb #304991a3
+# %% ../../nbs/codec/17_drawn.ipynb #201534e2
 ORDINAL = 'magma'
 
 def bare(axes):
@@ -23,7 +23,8 @@ def bare(axes):
 
 def draw_items(codec, items, show): # (item, axes) draws one -> figure
     "A column for each item: original, puzzle in both palettes, decoded."
-    fig, axes = plt.subplots(4, len(items), figsize=(1.05*len(items), 4.3), layout='constrained', squeeze=False)
+    fig, axes = plt.subplots(4, len(items), figsize=(1.05*len(items), 4.3), layout='constrained',
+                             squeeze=False)
     puzzles = codec.encode(items)
     for ax, *shown, puzzle in zip(axes.T, items, codec.decode(puzzles), puzzles):
         for a, x in zip(ax[[0, 3]], shown):
@@ -35,7 +36,7 @@ def draw_items(codec, items, show): # (item, axes) draws one -> figure
         ax.set_ylabel(name)
     return fig
 
-# %% ../../nbs/codec/17_drawn.ipynb #6a35cad2
+# %% ../../nbs/codec/17_drawn.ipynb #fe4326c7
 def draw_wrong(codecs:dict, item, show, # (1, ...)
     rates=(0., .01, .05, .1)): # shares of the digits that are replaced -> figure
     "One item decoded with more and more wrong digits, a row for each codec."

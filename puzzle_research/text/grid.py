@@ -127,7 +127,7 @@ def pairs_of_cells(puzzles:np.ndarray) -> np.ndarray: # the inverse
 
 class TextGrid(OnHub):
     "Texts of up to 445 characters to uint8 puzzles (B, 30, 30), and back to the letter."
-    system, packaged = '09_readable_puzzles', weights_path('text_grid')
+    system, in_run, packaged = '03_language_puzzle', 'grid.safetensors', weights_path('text_grid')
 
     def __init__(self, table:list): # (100) characters, '' at `PAD` and `ESCAPED`
         self.table, self.place_of = table, {c: i for i, c in enumerate(table) if c}

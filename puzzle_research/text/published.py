@@ -108,7 +108,7 @@ def forward(self:PublishedLarge, tokens): # int64 (B, 128) -> logits (B, 128, 25
     return self.reconstruct(q.z_q), q
 
 # %% ../../nbs/text/01_published.ipynb #69a3beb6
-PUBLISHED = dict(seed=PublishedSmall, best=PublishedSmall, seed_large=PublishedLarge) # by recipe
+PUBLISHED = dict(seed=PublishedSmall, stream=PublishedSmall, seed_large=PublishedLarge) # by recipe
 
 def published_loss(model, batch, trainer): # int64 (B, 128) -> loss, its parts
     logits, q = model(batch)

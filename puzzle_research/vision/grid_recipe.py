@@ -6,7 +6,7 @@
 __all__ = ['BARS', 'NOTES', 'CAPTIONS', 'chosen', 'train_recipe', 'read_pictures', 'read_stream', 'stream_under_changes',
            'references', 'measure_recipe', 'show_picture', 'draw_grid_training', 'draw_recipe']
 
-# %% ../../nbs/vision/22_grid_recipe.ipynb #80b3830f
+# %% ../../nbs/vision/22_grid_recipe.ipynb #3029e731
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from .evaluation import anchor_table, fidelity_metrics
 from .grid import GridPuzzle, load_grid, save_grid
 from .grid_training import CHANGES, mse_under_changes, reading_metrics, train_grid
 
-# %% ../../nbs/vision/22_grid_recipe.ipynb #ccd9fd2f
+# %% ../../nbs/vision/22_grid_recipe.ipynb #08ad6f1f
 def chosen(photos, n:int): # -> uint8 (n, 3, 32, 32), int64 labels: the first n training rows
     rows = np.sort(photos.fit[:n])
     return torch.from_numpy(photos.images[rows]), photos.labels[rows]
@@ -35,7 +35,7 @@ def train_recipe(cfg, run, photos):
                cfg.grid_batch, cfg.fit_images, cfg.seed, run)
     save_grid(codec, run.dir/'grid.safetensors')
 
-# %% ../../nbs/vision/22_grid_recipe.ipynb #29b490ac
+# %% ../../nbs/vision/22_grid_recipe.ipynb #84053535
 def read_pictures(cfg, codec, photos) -> dict: # what is read -> best of the two stems, % of test pictures
     "Accuracy of one network on digits and on pixels."
     images, labels = chosen(photos, cfg.grid_images)
@@ -57,7 +57,7 @@ def read_stream(cfg, photos) -> float: # % of held-out pictures
                              cfg.read_seconds, seed=cfg.seed)
     return max(found.values())
 
-# %% ../../nbs/vision/22_grid_recipe.ipynb #d430e84e
+# %% ../../nbs/vision/22_grid_recipe.ipynb #c8ffb0dc
 BARS = [
     ('must', 'psnr', '>=', 30.), ('aim', 'psnr', '>=', 31.5), ('moonshot', 'psnr', '>=', 33.),
     ('must', 'psnr_1_changed', '>=', 25.5), ('aim', 'psnr_1_changed', '>=', 27.5),
@@ -71,7 +71,7 @@ BARS = [
     ('must', 'learned_numbers', '<=', 83_777), ('must', 'digits', '==', 900),
 ]
 
-# %% ../../nbs/vision/22_grid_recipe.ipynb #abfe65ae
+# %% ../../nbs/vision/22_grid_recipe.ipynb #6d4797fd
 def stream_under_changes(images) -> dict: # share of changed digits -> PSNR, dB
     codec = VisionPuzzle.from_pretrained(recipe='stream')
     puzzles = codec.encode(images)
@@ -89,7 +89,7 @@ def references(cfg, photos, read) -> tuple: # baselines, limits
         baselines['accuracy_from_digits']['trivial: from digits of the stream'] = read_stream(cfg, photos)
     return baselines, dict(psnr={'Gaussian rate-distortion bound': table[bound]['psnr']})
 
-# %% ../../nbs/vision/22_grid_recipe.ipynb #3ce1d99f
+# %% ../../nbs/vision/22_grid_recipe.ipynb #5a173a98
 def measure_recipe(cfg, run, photos) -> dict: # metrics, baselines, limits, criteria
     "All of the run's codec, on the test pictures."
     codec, n = load_grid(run.dir/'grid.safetensors'), len(photos.test)
@@ -105,19 +105,19 @@ def measure_recipe(cfg, run, photos) -> dict: # metrics, baselines, limits, crit
     baselines, limits = references(cfg, photos, read)
     return dict(metrics=metrics, baselines=baselines, limits=limits, criteria=criteria(metrics, BARS))
 
-# %% ../../nbs/vision/22_grid_recipe.ipynb #29090458
+# %% ../../nbs/vision/22_grid_recipe.ipynb #6d0fbf08
 NOTES = [
     'A reader that draws a puzzle sees texture, not the picture: digits are numbered from dark to bright and '
     'lie where they light their block most, but most of them tell detail.',
     'Decoding of the grid is in floating point: another processor may round a grey level differently.',
 ]
 
-# %% ../../nbs/vision/22_grid_recipe.ipynb #c673ecba
+# %% ../../nbs/vision/22_grid_recipe.ipynb #fd7486b1
 CAPTIONS = dict(
-    puzzles="Test pictures, their puzzles drawn from dark (0) to bright (9) and in ARC's colours, and what comes "
-            'back.',
-    changes='One test picture, decoded with none, 1 %, 5 % and 10 % of its digits changed at random, from the '
-            'grid and from the stream.',
+    puzzles='Test pictures, their puzzles drawn from dark (0) to bright (9) and in ARC colours, and what '
+            'comes back.',
+    changes='One test picture, decoded with none, 1 %, 5 % and 10 % of its digits changed at random, from '
+            'the grid and from the stream.',
     training='The decoder of the grid: validation over training, seed of the first run.',
 )
 
@@ -135,7 +135,7 @@ def draw_grid_training(run): # -> figure
     ax.legend(fontsize=8)
     return fig
 
-# %% ../../nbs/vision/22_grid_recipe.ipynb #ecbe3e26
+# %% ../../nbs/vision/22_grid_recipe.ipynb #d74733c2
 def draw_recipe(run, photos):
     "The figures of the grid, into the run."
     codec = load_grid(run.dir/'grid.safetensors')
