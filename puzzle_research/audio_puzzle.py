@@ -10,7 +10,7 @@ __all__ = ['PRESETS', 'BOUNDS', 'CHOICES', 'Config', 'SPLITS', 'DB_A_BIT', 'LEGA
            'abroad', 'against_published', 'evaluate', 'fidelity_references', 'bars', 'notes', 'summarise_grid',
            'summarise', 'save_figure', 'draw', 'draw_seeds']
 
-# %% ../nbs/02_audio_puzzle.ipynb #e8cbcb9a
+# %% ../nbs/02_audio_puzzle.ipynb #fcaa78cc
 import time
 from types import SimpleNamespace
 
@@ -33,6 +33,8 @@ from .audio.published import (
     PublishedVAE, published_loss, published_measures, published_mse, watch_published)
 from .codec.published import legacy_metrics, load_published, published_trainer, save_published
 from .codec.race import FirstBetter, race_result, through_digits
+
+# %% ../nbs/02_audio_puzzle.ipynb #dafd5c96
 from .core.checkpoint import load_state, save_state
 from .core.config import configure, parameters, pick_device, seed_everything
 from .core.diagnose import psnr, style
@@ -354,7 +356,7 @@ def abroad(cfg, run, sounds, codec): # -> metrics, baselines
     measured = metric(gain, 'dB below the mean-map predictor', 'max', len(part))
     return dict(arabic_gain_over_mean_map=measured), dict(arabic_gain_over_mean_map=beside)
 
-# %% ../nbs/02_audio_puzzle.ipynb #d847ec89
+# %% ../nbs/02_audio_puzzle.ipynb #fd725286
 def against_published(cfg, run, sounds, published, seconds, mse, published_error): # -> metrics
     "Ours beside the published design of the same run: error, and training time to its error."
     result = race(cfg, run, sounds, published, seconds)
@@ -364,6 +366,7 @@ def against_published(cfg, run, sounds, published, seconds, mse, published_error
         speedup_over_published=metric(speedup, faster, 'max', 64, split='validation'),
     )
 
+# %% ../nbs/02_audio_puzzle.ipynb #a0c74180
 def evaluate(cfg, run) -> dict: # summary
     "Measure the run's model on the test clips, beside baselines and bounds."
     sounds = open_sounds(cfg)
@@ -476,14 +479,13 @@ def draw(run):
     "All figures of the report, from the run's files."
     cfg = Config(**run.config)
     sounds, state = open_sounds(cfg), load_state(run.dir/'test.safetensors')
+    style()
     if cfg.recipe == 'grid':
-        style()
         return draw_recipe(run, sounds)
     published, _ = load_published(run, PublishedVAE(cfg.commitment))
     codec = load_codec(run.dir/'codec.safetensors') if cfg.recipe == 'stream' else None
     puzzles, decoded = state['puzzles'], state['decoded']
     most, few = (4, 2) if cfg.budget == 'test' else (48, 6)         # clips of what has to be encoded again
-    style()
     save_figure(run, 'reconstructions', draw_reconstructions(sounds.test, puzzles, decoded, published), 85)
     save_figure(run, 'rate_distortion', draw_plane(run.summary, sounds, codec, most))
     save_figure(run, 'error_by_band', draw_bands(sounds.test, decoded, published))
@@ -493,7 +495,6 @@ def draw(run):
 
 def draw_seeds(runs):
     "Training of several seeds in one figure, into the first run's folder; the grid's shows nothing."
-    if Config(**runs[0].config).recipe == 'grid':
-        return
-    style()
-    save_figure(runs[0], 'training', draw_training({r.config['seed']: r.metrics for r in runs}))
+    if Config(**runs[0].config).recipe != 'grid':
+        style()
+        save_figure(runs[0], 'training', draw_training({r.config['seed']: r.metrics for r in runs}))

@@ -213,12 +213,14 @@ def race(cfg, text, published,
     word_trainer(cfg, codec.model, batches, callbacks=[watch], schedule=warm_up).fit(320)
     return race_result(watch, setup, seconds, target)
 
-# %% ../nbs/03_language_puzzle.ipynb #c111
+# %% ../nbs/03_language_puzzle.ipynb #59a4ed42
 TITLE = dict(
     title='Language puzzle',
     claim='Any text becomes a few decimal digits of a puzzle, and comes back letter by letter '
           'from the digits alone.',
 )
+
+# %% ../nbs/03_language_puzzle.ipynb #dec2a852
 CLAIM_OF_GRID = ('Any text becomes digits that can be read, two for each character at its own place, and '
                  'comes back letter by letter.')
 BARS = [

@@ -195,7 +195,7 @@ CLAIM = 'A 32x32 colour image becomes exactly 900 decimal digits, and comes back
 CLAIM_OF_GRID = ('A 32x32 colour image becomes 900 digits that can be read: each means the same wherever it '
                  'stands.')
 
-# %% ../nbs/01_vision_puzzle.ipynb #ed04365c
+# %% ../nbs/01_vision_puzzle.ipynb #e0dc2a5b
 def summarise(cfg, photos, metrics, theirs, table) -> dict:
     "Metrics beside baselines, limits, published values and bars."
     bound = 'Gaussian bound'
@@ -209,6 +209,7 @@ def summarise(cfg, photos, metrics, theirs, table) -> dict:
     return dict(title='Vision puzzle', claim=CLAIM, metrics=metrics, baselines=baselines, limits=limits,
                 published=PUBLISHED, criteria=criteria(metrics, BARS), notes=notes(cfg, photos))
 
+# %% ../nbs/01_vision_puzzle.ipynb #00bdf51c
 def summarise_grid(cfg, photos, measured:dict) -> dict:
     "What `measure_recipe` found, beside what was published."
     published = {k: v for k, v in PUBLISHED.items() if k in measured['metrics']}

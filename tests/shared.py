@@ -13,9 +13,9 @@ PAPERMILL = Path(sys.executable).with_name('papermill')
 SMALL = dict(budget='test', data='bundled')
 # Parameters of the run of each experiment that everyday tests look at; the others have none
 CHOSEN = {
-    '01_vision_puzzle': dict(commitment=.15, seed=3),
-    '02_audio_puzzle': dict(seed=3, context_steps=12),
-    '03_language_puzzle': dict(seed=3, steps=30, test_windows=8),
+    '01_vision_puzzle': dict(recipe='stream', commitment=.15, seed=3),
+    '02_audio_puzzle': dict(recipe='stream', seed=3, context_steps=12),
+    '03_language_puzzle': dict(recipe='stream', seed=3, steps=30, test_windows=8),
     '04_jepa_vq': dict(commitment=.15),
     '05_ternary_vae': dict(seed=2),
 }

@@ -21,9 +21,9 @@ KERNELS = dict(
     MKL_NUM_THREADS='1',
 )
 OPTIONS = {
-    '01_vision_puzzle': SMALL,
-    '02_audio_puzzle': SMALL,
-    '03_language_puzzle': SMALL,
+    '01_vision_puzzle': SMALL | dict(recipe='best'),
+    '02_audio_puzzle': SMALL | dict(recipe='best'),
+    '03_language_puzzle': SMALL | dict(recipe='best'),
     '04_jepa_vq': SMALL | dict(precision='no'),
     '05_ternary_vae': SMALL,
     '06_cognate': SMALL | dict(precision='no'),

@@ -209,7 +209,7 @@ SOUNDS = torch.linspace(-60, 0, 128*32).view(1, 128, 32)
 @pytest.mark.parametrize('module,name,items', [
     ('vision_puzzle', 'VisionPuzzle', PICTURES), ('audio_puzzle', 'AudioPuzzle', SOUNDS),
     ('language_puzzle', 'LanguagePuzzle', ['The same digits.']),
-    ('readable_puzzles', 'GridPuzzle', PICTURES), ('readable_puzzles', 'SoundGrid', SOUNDS)])
+    ('vision_puzzle', 'GridPuzzle', PICTURES), ('audio_puzzle', 'SoundGrid', SOUNDS)])
 def test_a_saved_codec_comes_back_and_writes_the_same_digits(tmp_path, module, name, items):
     codec = getattr(importlib.import_module(f'puzzle_research.{module}'), name).from_pretrained()
     again = type(codec).from_pretrained(codec.save_pretrained(tmp_path/name))

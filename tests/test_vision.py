@@ -49,7 +49,14 @@ def puzzles(codec, photos):
 
 def test_parameter_counts():
     assert count_parameters(build(Config(recipe='seed'))) == 83_777
-    assert learned_numbers(build(Config())) <= 83_777
+    assert learned_numbers(build(Config(recipe='stream'))) <= 83_777
+    assert build(Config(recipe='grid')).learned_numbers <= 83_777
+
+
+def test_best_is_the_older_name_of_stream_and_grid_the_default():
+    assert Config(recipe='best') == Config(recipe='stream') and Config().recipe == 'grid'
+    with pytest.raises(ValueError, match="unknown recipe 'bets'.*Known: grid, stream, seed"):
+        Config(recipe='bets')
 
 
 @pytest.mark.parametrize('budget, precision', [('test', 'no'), ('quick', 'no'), ('full', 'auto')])

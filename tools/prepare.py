@@ -173,7 +173,7 @@ def not_rendered():
     from puzzle_research.bench.board import render_codecs
     from puzzle_research.core import publish
     docs = publish.documents(ROOT)
-    texts = {ROOT/'reports'/f"{doc['system']}.md": publish.published_report(doc) for doc in docs}
+    texts = {ROOT/'reports'/f'{publish.stem_of(doc)}.md': publish.published_report(doc, docs) for doc in docs}
     texts |= {ROOT/'reports'/'index.md': publish.render_board(docs), ROOT/'README.md': readme()}
     texts[ROOT/'reports'/'codecs.md'] = render_codecs(ROOT)
     for path, text in texts.items():

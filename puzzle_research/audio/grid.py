@@ -49,6 +49,7 @@ class Doubt(nn.Module):
 class SoundGrid(OnHub, nn.Module):
     "float32 log-mels (B, 128, 32) in dB to uint8 puzzles (B, 30, 30) of digits 0-9, and back."
     system, in_run, packaged = '02_audio_puzzle', 'grid.safetensors', weights_path('sound_grid')
+    report = '09_readable_puzzles' # whose weights are packaged
 
     def __init__(self, width:int=4):
         super().__init__()

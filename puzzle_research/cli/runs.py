@@ -148,7 +148,7 @@ def watch(
 def publish(run:Annotated[list[str], argument('One run, or several that differ only in their seed.',
                                                    complete_runs)],
     force:Annotated[bool, option('--force', help='Also where the published report has a higher budget, more '
-                                                 'seeds, another recipe, or real data.')] = False,
+                                                 'seeds, or real data.')] = False,
 ):
     "Put the summary, figures and report of finished runs into reports/ and figures/, in one step."
     from puzzle_research.core.publish import publish as publish_runs

@@ -43,7 +43,7 @@ def model_card(cls, # of the model; its `system` says whose numbers are shown
     place:str # folder or hub repository that holds it
 ) -> str: # markdown
     "The README.md of a model."
-    path = root()/'reports'/'summaries'/f'{cls.system}.json'
+    path = root()/'reports'/'summaries'/f"{getattr(cls, 'report', '') or cls.system}.json"
     doc = read_json(path) if path.exists() else None
     title, claim = (doc['title'], doc['claim']) if doc else (cls.__name__, (cls.__doc__ or '').strip())
     numbers = f'\n## Results\n\n{verdict(doc)}\n\n{results_section(doc)}\n' if doc else ''
@@ -79,8 +79,10 @@ def weights_path(name:str # vision_puzzle
 class OnHub:
     """What makes a model one that is saved, pushed and loaded. `system` names the experiment that trains it,
     `in_run` the file of its runs, `budget` that of its published run, `packaged` where `puzzle publish`
-    puts the weights of that run, unless it `ships` none."""
+    puts the weights of that run, unless it `ships` none; `report` the published document with its numbers,
+    where that is not the system's."""
     system, in_run, budget, packaged, ships = '', 'codec.safetensors', 'full', None, True
+    report = ''
 
     def save(self, path):
         "All weights in one safetensors file."

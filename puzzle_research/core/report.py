@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LEGEND', 'EARLY', 'LATE', 'results_section', 'rival_sentences', 'bar_sentences', 'cautions', 'verdict', 'crossed',
            'family_table', 'family_sections', 'reference_section', 'plain_notes', 'data_section', 'time_text',
-           'event_section', 'command', 'reproduce_section', 'environment_section', 'figure_section', 'folded',
-           'details', 'render_document', 'render', 'write_report', 'show_report']
+           'event_section', 'command', 'reproduce_section', 'environment_section', 'recipe_section', 'figure_section',
+           'folded', 'details', 'render_document', 'render', 'write_report', 'show_report']
 
 # %% ../../nbs/core/11_report.ipynb #c002
 import shlex
@@ -223,6 +223,25 @@ def environment_section(doc:dict) -> str:
     table = Table(['run', 'seed', 'start, UTC', 'minutes', 'status'], runs, right=(1, 3))
     return f"{table.markdown()}\n\n{Table(['', ''], machine + versions).markdown()}"
 
+# %% ../../nbs/core/11_report.ipynb #d51c674a
+def recipe_section(doc:dict, beside) -> str: # documents of other recipes of the system
+    "Metrics of each recipe in a column of its own."
+    def stem(d): return d.get('report', d['system'])
+    docs = sorted([doc, *beside], key=stem)
+    if len(docs) == 1:
+        return ''
+    shared = [k for k in doc['metrics'] if all(k in d['metrics'] for d in docs)]
+    names = dict.fromkeys([*shared, *(k for d in docs for k in main_metrics(d))])
+    def told(name): # its metric, in the first document that has it
+        return next(d['metrics'][name] for d in docs if name in d['metrics'])
+    def row(name):
+        m = told(name)
+        values = [kept_together(ours(d, name)) if name in d['metrics'] else '—' for d in docs]
+        return [f"{code(name)}{ARROW[m['direction']]}<br>{m['unit']}", *values]
+    footing = ['budget, seeds', *(f"{d['budget']}, {seeds_of(d)}" for d in docs)]
+    head = ['metric', *(f"[{code(d['recipe'])}]({stem(d)}.md)" for d in docs)]
+    return Table(head, [*map(row, names), footing], right=tuple(range(1, len(docs) + 1))).markdown()
+
 # %% ../../nbs/core/11_report.ipynb #c031
 # Figures of what the model makes come first, those of what was tried and of the way there last
 EARLY = ('reconstructions', 'puzzles', 'answers', 'gallery')
@@ -241,7 +260,7 @@ def folded(title:str, text:str) -> str:
     "A section that opens on a click, on a code host, in a notebook and in the documentation."
     return f'<details markdown="1">\n<summary>{title}</summary>\n\n{text}\n\n</details>'
 
-# %% ../../nbs/core/11_report.ipynb #c031ax
+# %% ../../nbs/core/11_report.ipynb #482061e7
 def details(doc:dict) -> list: # (title, markdown)
     "What is looked up rather than read."
     notes = plain_notes(doc.get('notes', []), seeds_of(doc))
@@ -250,15 +269,18 @@ def details(doc:dict) -> list: # (title, markdown)
     record |= {'Environment': environment_section(doc)}
     return [('Notes', '\n'.join(f'- {n}' for n in notes)), *family_sections(doc), *record.items()]
 
+# %% ../../nbs/core/11_report.ipynb #4fa31bd8
 def render_document(doc:dict, # of `collect`, or a published summary
-    figures:str='figures/' # what stands before a figure's file name in a link; None for captions alone
+    figures:str='figures/', # what stands before a figure's file name in a link; None for captions alone
+    beside=() # documents of other recipes of the system
 ) -> str:
     "The report as markdown; a function of its arguments alone."
     check_summary(doc)
     setting = f"recipe {code(doc['recipe'])}, budget {code(doc['budget'])}, {count(seeds_of(doc), 'seed')}"
     head = f"# {doc['title']}\n\n> {doc['claim']}\n\n{code(doc['system'])}, {setting}."
     drawn = figure_section(doc, figures)
-    sections = {'Verdict': verdict(doc), 'Results': results_section(doc), 'Figures': drawn}
+    sections = {'Verdict': verdict(doc), 'Results': results_section(doc)}
+    sections |= {'Recipes side by side': recipe_section(doc, beside), 'Figures': drawn}
     read = [f'## {title}\n\n{text}' for title, text in sections.items() if text]
     looked_up = [folded(title, text) for title, text in details(doc) if text]
     return '\n\n'.join([head, *read, '## Details', *looked_up]) + '\n'

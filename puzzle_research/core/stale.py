@@ -9,7 +9,7 @@ __all__ = ['parameter_changes', 'reasons', 'brief', 'stale', 'points_of', 'regen
 from pathlib import Path
 
 from .params import nearest, notebook_of, notebook_parameters, root
-from .publish import documents, publish
+from .publish import documents, publish, stem_of
 from .runs import Run, runs_folder
 from .same import Here, code_changes, data_change
 from .sweep import plan
@@ -22,7 +22,7 @@ def parameter_changes(run:dict, # of a published document: config, changed
     now, was, given = notebook_parameters(notebook), run['config'], run['changed']
     came = [f'parameter {name} is new' for name in now if name not in was]
     went = [f'parameter {name} is gone' for name in was if name not in now]
-    first = {name: p.default for name, p in now.items() if name in was and name not in given}
+    first = {name: p.default for name, p in now.items() if name in was and name not in {*given, 'recipe'}}
     other = [name for name, default in first.items() if default not in (None, was[name])]
     return came + went + [f'parameter {name} was {was[name]!r}, is {first[name]!r}' for name in other]
 
@@ -45,7 +45,7 @@ def brief(texts:list, most:int=4) -> str:
 # %% ../../nbs/core/20_stale.ipynb #a1c82487
 def stale(systems=(), folder:Path=None) -> dict: # system -> (document, reasons), of all that are published
     "Why each published report is stale. Raises ValueError where none or not that one is published."
-    docs, here = {doc['system']: doc for doc in documents(folder)}, Here()
+    docs, here = {stem_of(doc): doc for doc in documents(folder)}, Here()
     if not docs:
         raise ValueError(f"nothing is published in {(folder or root())/'reports'/'summaries'}; go to a "
                          'checkout of the project, or publish with `puzzle publish RUN`')
@@ -56,7 +56,10 @@ def stale(systems=(), folder:Path=None) -> dict: # system -> (document, reasons)
 
 def points_of(doc:dict) -> list: # of dicts: parameters
     "The parameters that the runs of a document were given."
-    return [{k: v for k, v in run['changed'].items() if k != 'run'} for run in doc['runs']]
+    def point(config, changed): # with the recipe, whatever the default is by now
+        recipe = {k: v for k, v in config.items() if k == 'recipe'}
+        return recipe | {k: v for k, v in changed.items() if k != 'run'}
+    return [point(run['config'], run['changed']) for run in doc['runs']]
 
 def regenerate(doc:dict, run_points) -> Path: # (notebook, points) runs them; of the new report
     "Run a document's runs where they are not there, and publish them. Raises ValueError for one that fails."

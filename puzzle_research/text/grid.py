@@ -115,7 +115,7 @@ def to_text(pairs:np.ndarray, table:list) -> str:
     return ''.join(told.get(i, LOST) if pair == ESCAPED else table[pair] or LOST
                    for i, pair in enumerate(pairs[:length]))
 
-# %% ../../nbs/text/20_grid.ipynb #0d9b0511
+# %% ../../nbs/text/20_grid.ipynb #1fc1235b
 def lines_of_cells(pairs:np.ndarray) -> np.ndarray: # (N, 450) pairs -> uint8 (N, 30, 30)
     "Fifteen lines of thirty characters, the first digit of each above its second."
     lines = pairs.reshape(-1, 15, 1, 30)
@@ -125,9 +125,11 @@ def pairs_of_cells(puzzles:np.ndarray) -> np.ndarray: # the inverse
     lines = puzzles.reshape(-1, 15, 2, 30).astype(int)
     return (10*lines[:, :, 0] + lines[:, :, 1]).reshape(-1, PLACES)
 
+# %% ../../nbs/text/20_grid.ipynb #a1234c1a
 class TextGrid(OnHub):
     "Texts of up to 445 characters to uint8 puzzles (B, 30, 30), and back to the letter."
     system, in_run, packaged = '03_language_puzzle', 'grid.safetensors', weights_path('text_grid')
+    report = '09_readable_puzzles' # whose weights are packaged
 
     def __init__(self, table:list): # (100) characters, '' at `PAD` and `ESCAPED`
         self.table, self.place_of = table, {c: i for i, c in enumerate(table) if c}

@@ -63,6 +63,7 @@ class PixelNet(nn.Module):
 class GridPuzzle(OnHub, nn.Module):
     "uint8 images (B, 3, 32, 32) to uint8 puzzles (B, 30, 30) of digits 0-9, and back."
     system, in_run, packaged = '01_vision_puzzle', 'grid.safetensors', weights_path('picture_grid')
+    report = '09_readable_puzzles' # whose weights are packaged
 
     def __init__(self, first:int=2, stages:int=22, width:int=4):
         super().__init__()
