@@ -27,8 +27,10 @@ def run(request, finished_run):
 def test_it_ends_well_and_holds_its_files(run):
     assert run.status == 'ok'
     names = {path.name for path in run.dir.iterdir()}
-    assert names >= {'manifest.json', 'config.json', 'metrics.jsonl', 'summary.json', 'report.md',
-                     'notebook.ipynb', 'log.txt', 'figures', 'checkpoints'}
+    assert names >= {'manifest.json', 'config.json', 'summary.json', 'report.md', 'notebook.ipynb', 'log.txt',
+                     'figures', 'checkpoints'}
+    counted = run.system == '03_language_puzzle' and run.config['recipe'] == 'grid'   # nothing is trained
+    assert counted or 'metrics.jsonl' in names
     own = run.config['recipe'] == 'grid'
     assert run.config.items() >= ({} if own else CHOSEN.get(run.system, {})).items()
 
