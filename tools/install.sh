@@ -5,7 +5,16 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
-test -x $python || ${PYTHON:-python3} -m venv .venv
+fits='import sys; sys.exit(not (3, 11, 5) <= sys.version_info < (3, 13))'     # what requirements.txt needs
+refuse() {
+    echo "$("$1" --version 2>&1) at $(command -v "$1"): expected 3.11.5 or later, or 3.12; $2" >&2
+    exit 1
+}
+if ! test -x $python; then
+    "${PYTHON:-python3}" -c "$fits" || refuse "${PYTHON:-python3}" 'try: make PYTHON=python3.12 install'
+    "${PYTHON:-python3}" -m venv .venv
+fi
+$python -c "$fits" || refuse $python 'delete .venv and try: make PYTHON=python3.12 install'
 uv=$(command -v uv || command -v .venv/bin/uv || true)
 if [ -z "$uv" ] && $python -m pip install -q --no-compile --disable-pip-version-check uv 2>/dev/null; then uv=.venv/bin/uv; fi
 what=(-c requirements.txt -e ".[$1]")
