@@ -263,7 +263,7 @@ def test_training_of_several_seeds_is_one_figure():
     drawn = {}
     def run(seed):
         metrics = [dict(stage='context', split='valid', step=n, estimated_psnr=36 + seed) for n in (1, 2)]
-        return SimpleNamespace(config=dict(seed=seed), metrics=metrics,
+        return SimpleNamespace(config=dict(recipe='stream', seed=seed), metrics=metrics,
                                figure=lambda name, fig, caption, dpi: drawn.update({(seed, name): fig}))
     draw_seeds([run(0), run(1)])
     (name, fig), = drawn.items()
