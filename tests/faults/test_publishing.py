@@ -102,7 +102,6 @@ WORSE = {
     'a lower budget': dict(budget='test', seeds=3),
     'fewer seeds': dict(seeds=1),
     'bundled data': dict(seeds=3, data=[BUNDLED]),
-    'another recipe': dict(seeds=3, edit=lambda s: s.update(recipe='seed')),
 }
 
 
@@ -117,6 +116,17 @@ def test_worse_is_published_on_purpose_only(faults, tmp_path, caplog, what):
     publish(worse, site, force=True)
     told = 'is replaced by one of' in caplog.text and tree(site) != before
     faults.count('publish', what, 'refused' if kept and told else 'lost')
+
+
+def test_another_recipe_stands_beside_and_replaces_nothing(faults, tmp_path):
+    site = tmp_path/'site'
+    publish(made(tmp_path/'good', seeds=3), site)
+    kept = site/'reports'/'summaries'/'00_toy.json'
+    before = kept.read_bytes()
+    publish(made(tmp_path/'other', seeds=1, edit=lambda s: s.update(recipe='seed')), site)
+    both = {path.name for path in (site/'reports').glob('00_toy*.md')}
+    whole = kept.read_bytes() == before and both == {'00_toy.md', '00_toy.seed.md'}
+    faults.count('publish', 'another recipe', 'right' if whole else 'lost')
 
 
 def test_no_worse_is_no_question(tmp_path):
