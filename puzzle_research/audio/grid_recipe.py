@@ -14,7 +14,7 @@ from .anchors import anchor_table, below_mean
 from .clips import masked_mse
 from .codec import AudioPuzzle
 from .evaluation import anchor_references, fidelity_metrics
-from .grid import SoundGrid, load_sound_grid, save_sound_grid
+from .grid import SoundGrid
 from .grid_training import train_sound_grid
 from .mel import show_mel
 from ..bench.modality import SoundStem
@@ -30,7 +30,7 @@ def train_recipe(cfg, run, sounds):
     "The codec, as grid.safetensors."
     codec, part = SoundGrid(), sounds.train
     train_sound_grid(codec, part.mel, part.mask, cfg.grid_steps, seed=cfg.seed, run=run)
-    save_sound_grid(codec, run.dir/'grid.safetensors')
+    codec.save(run.dir/'grid.safetensors')
 
 # %% ../../nbs/audio/22_grid_recipe.ipynb #5c6a303c
 def read_words(cfg, stem, train, test, labels) -> float: # % of test clips
@@ -89,7 +89,7 @@ BARS = [
 
 def measure_recipe(cfg, run, sounds) -> dict: # metrics, baselines, limits, criteria
     "All of the run's codec, on the test clips."
-    codec, part = load_sound_grid(run.dir/'grid.safetensors'), sounds.test
+    codec, part = SoundGrid.load(run.dir/'grid.safetensors'), sounds.test
     codec.encode(part.mel[:2])                 # compiles, so that nothing is compiled while it is timed
     puzzles, decoded, *seconds = through_digits(codec, part.mel)
     save_state(run.dir/'test.safetensors', dict(puzzles=puzzles, decoded=decoded))
@@ -113,7 +113,7 @@ CAPTIONS = dict(
 
 def draw_recipe(run, sounds):
     "The figures of the grid, into the run."
-    codec, mels = load_sound_grid(run.dir/'grid.safetensors'), sounds.test.mel
+    codec, mels = SoundGrid.load(run.dir/'grid.safetensors'), sounds.test.mel
     codecs = dict(grid=codec, stream=AudioPuzzle.from_pretrained(recipe='stream'))
     figures = dict(puzzles=draw_items(codec, mels[:8], show_mel),
                    changes=draw_wrong(codecs, mels[:1], show_mel, CHANGES))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CODES', 'ENTRIES', 'QuantisedCells', 'place_digits', 'take_digits', 'to_numbers', 'to_items', 'CellCodec',
            'cells_entry', 'rows_of', 'published', 'with_numbers', 'ComponentCodec', 'components', 'stream',
-           'grid_of_pictures', 'grid_of_sounds', 'grid', 'codec_of']
+           'fitted_grid', 'grid', 'codec_of']
 
 # %% ../../nbs/bench/03_entries.ipynb #119d50dd
 import importlib
@@ -16,7 +16,6 @@ from torch import nn
 
 from ..audio import codec as sounds
 from ..audio.grid import SoundGrid
-from ..audio.grid_training import loudness_loss
 from ..audio.mel import to_db, unit
 from ..audio.published import PublishedVAE as PublishedSound
 from ..audio.published import published_loss as published_sound_loss
@@ -24,13 +23,13 @@ from .modality import Modality
 from .text_entries import TEXT_CODES, TextItems
 from .texts import as_texts
 from ..codec.additive import with_changes
+from ..codec.blocks import digits_of, grid_loss
 from ..codec.reading import spend
 from ..core.config import nearest
 from ..core.diagnose import fit_digits, fit_pca
 from ..core.quantize import count_parameters, make_quantizer, update_quantizers
 from ..vision import codec as pictures
-from ..vision.grid import GridPuzzle, grid_loss
-from ..vision.grid_training import digits_of
+from ..vision.grid import GridPuzzle
 from ..vision.published import PublishedVAE, published_loss
 
 # %% ../../nbs/bench/03_entries.ipynb #41ecbf9a
@@ -160,31 +159,22 @@ def stream(m:Modality, seconds, seed, steps=None):
     codec = getattr(module, kind).from_pretrained()
     return with_numbers(codec, module.learned_numbers(codec))
 
-def grid_of_pictures(m:Modality, seconds:float, seed:int, steps:int=None):
+# %% ../../nbs/bench/03_entries.ipynb #dc96b33e
+def fitted_grid(m:Modality): # -> codec, weight of the errors or nothing
+    if m.name == 'image':
+        return GridPuzzle().fit(m.train[:6000]), ()
+    masks = m.errors(m.train + 1, m.train).amax(1, keepdim=True) > 0
+    return SoundGrid().fit(m.train, masks), (masks[:, None].float(),)
+
+def grid(m:Modality, seconds:float, seed:int, steps:int=None):
     torch.manual_seed(seed)
-    codec = GridPuzzle().fit_blocks(m.train[:6000])
-    digits, draws = digits_of(codec, m.train), torch.Generator().manual_seed(seed)
+    codec, weight = fitted_grid(m)
+    tensors, draws = (digits_of(codec, m.train), m.train, *weight), torch.Generator().manual_seed(seed)
     def loss():
-        rows = torch.randint(len(digits), (60,), generator=draws)
-        return grid_loss(codec, with_changes((digits[rows], m.train[rows]), draws), None)[0]
+        rows = torch.randint(len(m.train), (60,), generator=draws)
+        return grid_loss(codec, with_changes([x[rows] for x in tensors], draws), None)[0]
     spend(codec, loss, seconds, steps, rate=2e-3, decay=1e-4)
     return codec.eval()
-
-# %% ../../nbs/bench/03_entries.ipynb #dc96b33e
-def grid_of_sounds(m:Modality, seconds:float, seed:int, steps:int=None):
-    torch.manual_seed(seed)
-    masks = m.errors(m.train + 1, m.train).amax(1, keepdim=True) > 0
-    codec = SoundGrid().fit(m.train, masks)
-    target = codec.groups(codec.components(m.train))[0].view(len(masks), 6, -1)
-    digits, draws = codec.digits_of(codec.encode(m.train)), torch.Generator().manual_seed(seed)
-    def loss():
-        rows = torch.randint(len(digits), (192,), generator=draws)
-        return loudness_loss(codec, with_changes((digits[rows], target[rows], masks[rows]), draws), None)[0]
-    spend(codec.doubt, loss, seconds, steps, rate=4e-3, decay=1e-4)
-    return codec.eval()
-
-def grid(m:Modality, *args, **kwargs):
-    return (grid_of_pictures if m.name == 'image' else grid_of_sounds)(m, *args, **kwargs)
 
 # %% ../../nbs/bench/03_entries.ipynb #bf90990e
 CODES = dict(

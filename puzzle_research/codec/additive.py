@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DIGITS', 'BLOCKS', 'CELLS', 'RATES', 'nearest', 'kmeans', 'fit_codebooks', 'sum_of_codewords', 'beam_search',
-           'AdditiveCode', 'to_cells', 'from_cells', 'changed', 'with_changes', 'log_errors']
+           'AdditiveCode', 'weighted_least_squares', 'to_cells', 'from_cells', 'changed', 'with_changes', 'log_errors']
 
 # %% ../../nbs/codec/12_additive.ipynb #00f811ed
 import numba
@@ -129,18 +129,27 @@ def beam_search(x:torch.Tensor, # (n, d)
 # %% ../../nbs/codec/12_additive.ipynb #0a8b0541
 class AdditiveCode(nn.Module):
     "Vectors of `dim` numbers as `first` digits, one digit of gain, and `stages` digits of shape."
-    def __init__(self, dim:int, first:int=2, stages:int=22):
+    def __init__(self, dim:int, first:int=2, stages:int=22,
+        spans=None # of the shape, in order: (components, digits) each; None: every digit tells all components
+    ):
         super().__init__()
         self.first = nn.Parameter(torch.zeros(first, DIGITS, dim))
         self.gains = nn.Parameter(torch.zeros(DIGITS))     # natural logarithms
         self.weight = nn.Parameter(torch.ones(dim), requires_grad=False)   # of the components in the size
         self.shape = nn.Parameter(torch.zeros(stages, DIGITS, dim))
+        self.spans = spans or ((dim, stages),)
 
     @property
     def digits(self): return len(self.first) + 1 + len(self.shape)
 
     @property
-    def learned_numbers(self): return sum(p.numel() for p in self.parameters())
+    def learned_numbers(self): # codewords are zero outside their span
+        shape = sum(DIGITS*components*digits for components, digits in self.spans)
+        return self.first.numel() + self.gains.numel() + self.weight.numel() + shape
+
+    def slices(self): # of each span: its components, its digits
+        ends = torch.tensor(self.spans).cumsum(0).tolist()
+        return [tuple(slice(end - size, end) for end, size in zip(*both)) for both in zip(ends, self.spans)]
 
     def log_size(self, rest): # (n, d) -> (n,)
         return (rest*self.weight).square().sum(1).clamp(min=1e-12).log()/2
@@ -159,7 +168,9 @@ def fit(self:AdditiveCode, x:torch.Tensor, rounds:int=8, width:int=4):
     sizes = self.log_size(rest)
     self.gains.copy_(kmeans(sizes[:, None], 20)[:, 0].sort()[0])
     shape = rest/self.gains.exp()[self.gain_index(rest)][:, None]
-    self.shape.copy_(fit_codebooks(shape, len(self.shape), rounds))
+    for inside, digits in self.slices():
+        own = shape[:, inside].contiguous()
+        self.shape[digits, :, inside] = fit_codebooks(own, digits.stop - digits.start, rounds)
     return self
 
 # %% ../../nbs/codec/12_additive.ipynb #8157ddc1
@@ -170,8 +181,10 @@ def encode(self:AdditiveCode, x:torch.Tensor, width:int=4) -> torch.Tensor: # ui
     first = beam_search(x, self.first, width)
     rest = x - sum_of_codewords(first, self.first)
     gain = self.gain_index(rest)
-    shape = beam_search(rest/self.gains.exp()[gain][:, None], self.shape, width)
-    return torch.cat([first, gain[:, None].to(torch.uint8), shape], 1)
+    shape = rest/self.gains.exp()[gain][:, None]
+    parts = [beam_search(shape[:, inside], self.shape[digits, :, inside], width)
+             for inside, digits in self.slices()]
+    return torch.cat([first, gain[:, None].to(torch.uint8), *parts], 1)
 
 # %% ../../nbs/codec/12_additive.ipynb #000b4b6e
 @patch
@@ -189,6 +202,14 @@ def decode(self:AdditiveCode, digits:torch.Tensor) -> torch.Tensor: # (n, digits
     return first + log_gain.exp()*shape
 
 # %% ../../nbs/codec/12_additive.ipynb #b0626277
+def weighted_least_squares(one_hot, weight, wrong, ridge): # (n, k), (n, 1), (n, d) -> (k, d)
+    "What to add to codewords so that the weighted squares of what is wrong are least."
+    weighted = (one_hot*weight).T
+    normal = weighted @ one_hot
+    scale = normal.diag()
+    normal += torch.diag(ridge*scale + ridge*scale.mean())
+    return torch.linalg.solve(normal.double(), (weighted @ wrong).double()).to(wrong.dtype)
+
 @patch
 @torch.no_grad()
 def refine(self:AdditiveCode, x:torch.Tensor, rounds:int=3, width:int=4, ridge:float=1e-3):
@@ -197,13 +218,11 @@ def refine(self:AdditiveCode, x:torch.Tensor, rounds:int=3, width:int=4, ridge:f
         digits = self.encode(x, width)
         first, log_gain, shape = self.parts(digits)
         size = log_gain.exp()
-        one_hot = F.one_hot(digits[:, len(self.first) + 1:].long(), DIGITS).flatten(1).to(x.dtype)
-        weighted = (one_hot*size.square()).T
-        normal = weighted @ one_hot
-        scale = normal.diag()
-        normal += torch.diag(ridge*scale + ridge*scale.mean())
-        step = torch.linalg.solve(normal.double(), (weighted @ ((x - first)/size - shape)).double())
-        self.shape += step.to(x.dtype).view_as(self.shape)
+        wrong, chosen = (x - first)/size - shape, digits[:, len(self.first) + 1:]
+        for inside, stages in self.slices():
+            one_hot = F.one_hot(chosen[:, stages].long(), DIGITS).flatten(1).to(x.dtype)
+            step = weighted_least_squares(one_hot, size.square(), wrong[:, inside], ridge)
+            self.shape[stages, :, inside] += step.unflatten(0, (-1, DIGITS))
     return self
 
 # %% ../../nbs/codec/12_additive.ipynb #f3cb86fb

@@ -20,7 +20,7 @@ from ..core.measure import criteria, metric
 from ..core.runs import save_state
 from .codec import VisionPuzzle
 from .evaluation import anchor_table, fidelity_metrics
-from .grid import GridPuzzle, load_grid, save_grid
+from .grid import GridPuzzle
 from .grid_training import CHANGES, mse_under_changes, reading_metrics, train_grid
 
 # %% ../../nbs/vision/22_grid_recipe.ipynb #08ad6f1f
@@ -34,7 +34,7 @@ def train_recipe(cfg, run, photos):
     codec = GridPuzzle()
     train_grid(codec, chosen(photos, cfg.grid_images)[0], photos.valid, cfg.grid_steps, cfg.grid_rate,
                cfg.grid_batch, cfg.fit_images, cfg.seed, run)
-    save_grid(codec, run.dir/'grid.safetensors')
+    codec.save(run.dir/'grid.safetensors')
 
 # %% ../../nbs/vision/22_grid_recipe.ipynb #84053535
 def read_pictures(cfg, codec, photos) -> dict: # what is read -> best of the two stems, % of test pictures
@@ -108,7 +108,7 @@ def references(photos) -> tuple: # baselines, limits
 # %% ../../nbs/vision/22_grid_recipe.ipynb #5a173a98
 def measure_recipe(cfg, run, photos) -> dict: # metrics, baselines, limits, criteria
     "All of the run's codec, on the test pictures."
-    codec = load_grid(run.dir/'grid.safetensors')
+    codec = GridPuzzle.load(run.dir/'grid.safetensors')
     codec.encode(photos.test[:2])              # compiles, so that nothing is compiled while it is timed
     puzzles, decoded, *seconds = through_digits(codec, photos.test)
     save_state(run.dir/'test.safetensors', dict(puzzles=puzzles[:64], decoded=decoded[:64]))
@@ -153,7 +153,7 @@ def draw_grid_training(run): # -> figure
 # %% ../../nbs/vision/22_grid_recipe.ipynb #d74733c2
 def draw_recipe(run, photos):
     "The figures of the grid, into the run."
-    codec = load_grid(run.dir/'grid.safetensors')
+    codec = GridPuzzle.load(run.dir/'grid.safetensors')
     codecs = dict(grid=codec, stream=VisionPuzzle.from_pretrained(recipe='stream'))
     figures = dict(puzzles=draw_items(codec, photos.test[:8], show_picture),
                    changes=draw_wrong(codecs, photos.test[:1], show_picture, CHANGES),
