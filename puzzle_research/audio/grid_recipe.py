@@ -15,7 +15,7 @@ from .clips import masked_mse
 from .codec import AudioPuzzle
 from .evaluation import anchor_references, fidelity_metrics
 from .grid import SoundGrid
-from .grid_training import train_sound_grid
+from .grid_training import train_sound_grid, variants
 from .mel import show_mel
 from ..bench.modality import SoundStem
 from ..codec.additive import changed
@@ -29,7 +29,7 @@ from ..core.runs import save_state
 def train_recipe(cfg, run, sounds):
     "The codec, as grid.safetensors."
     codec, part = SoundGrid(), sounds.train
-    train_sound_grid(codec, part.mel, part.mask, cfg.grid_steps, seed=cfg.seed, run=run)
+    train_sound_grid(codec, part.mel, part.mask, cfg.grid_steps, min(4, cfg.variants), seed=cfg.seed, run=run)
     codec.save(run.dir/'grid.safetensors')
 
 # %% ../../nbs/audio/22_grid_recipe.ipynb #5c6a303c
@@ -42,9 +42,10 @@ def read_words(cfg, stem, train, test, labels) -> float: # % of test clips
 def word_metrics(cfg, codec, sounds) -> tuple: # metrics, baselines
     "Words read from digits, beside words read from the mel."
     train, test = sounds.train, sounds.test
-    labels, n = (train.label, test.label), len(test)
-    digits = read_words(cfg, DigitStem, codec.encode(train.mel), codec.encode(test.mel), labels)
-    mel = read_words(cfg, SoundStem, train.mel, test.mel, labels)
+    labels, n = (train.label.repeat(cfg.variants), test.label), len(test)
+    clips, _ = variants(train.mel, train.mask, cfg.variants, cfg.seed)
+    digits = read_words(cfg, DigitStem, codec.encode(clips), codec.encode(test.mel), labels)
+    mel = read_words(cfg, SoundStem, clips, test.mel, labels)
     frequent = 100*test.label.bincount().max().item()/n
     beside = {'trivial: most frequent word': frequent, 'strong: from the mel': mel}
     if cfg.stream_clips:
