@@ -107,7 +107,7 @@ def ready(kind) -> dict: # recipe -> codec, of pictures, sounds or texts
 
 def build(cfg) -> nn.Module:
     "The codec of pictures; nothing here is trained."
-    return VisionPuzzle.from_pretrained()
+    return VisionPuzzle.from_pretrained(recipe='stream')
 
 # %% ../nbs/08_speed.ipynb #75180575
 SOUND_PEERS = {'FLAC': ('FLAC', 'PCM_16'), 'Opus': ('OGG', 'OPUS')}

@@ -19,7 +19,7 @@ SECOND = np.arange(RATE)/RATE
 
 @pytest.fixture(scope='module')
 def codec():
-    return AudioPuzzle.from_pretrained()
+    return AudioPuzzle.from_pretrained(recipe='stream')
 
 
 @pytest.fixture(scope='module')

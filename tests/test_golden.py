@@ -31,17 +31,17 @@ def bundled(name, column): # -> tensor of the first twenty test items
 
 @pytest.fixture(scope='module')
 def pictures():
-    return bundled('cifar10', 'image'), VisionPuzzle.from_pretrained(), golden('vision')
+    return bundled('cifar10', 'image'), VisionPuzzle.from_pretrained(recipe='stream'), golden('vision')
 
 
 @pytest.fixture(scope='module')
 def sounds():
-    return mel(bundled('speech_commands', 'sound')), AudioPuzzle.from_pretrained(), golden('audio')
+    return mel(bundled('speech_commands', 'sound')), AudioPuzzle.from_pretrained(recipe='stream'), golden('audio')
 
 
 @pytest.fixture(scope='module')
 def texts():
-    return json.loads((GOLDEN/'text.json').read_text()), LanguagePuzzle.from_pretrained(), golden('text')
+    return json.loads((GOLDEN/'text.json').read_text()), LanguagePuzzle.from_pretrained(recipe='stream'), golden('text')
 
 
 @pytest.mark.parametrize('kind', ['pictures', 'sounds', 'texts'])

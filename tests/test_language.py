@@ -27,7 +27,7 @@ SYSTEM = '03_language_puzzle'
 
 @pytest.fixture(scope='module')
 def codec():
-    return LanguagePuzzle.from_pretrained()
+    return LanguagePuzzle.from_pretrained(recipe='stream')
 
 
 @pytest.fixture(scope='module')

@@ -18,12 +18,12 @@ from puzzle_research.vision.codec import VisionPuzzle
 
 def pictures(n):
     images = torch.from_numpy(np.array(load('cifar10', 'test', 'bundled').arrays['image'][:n]))
-    return VisionPuzzle.from_pretrained(), images
+    return VisionPuzzle.from_pretrained(recipe='stream'), images
 
 
 def sounds(n):
     waves = torch.from_numpy(np.array(load('speech_commands', 'test', 'bundled').arrays['sound'][:n]))
-    return AudioPuzzle.from_pretrained(), mel(waves)
+    return AudioPuzzle.from_pretrained(recipe='stream'), mel(waves)
 
 
 KINDS = dict(pictures=pictures, sounds=sounds)

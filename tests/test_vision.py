@@ -32,7 +32,7 @@ LIMIT = 127     # largest integer of its alphabet
 
 @pytest.fixture(scope='module')
 def codec():
-    return VisionPuzzle.from_pretrained()
+    return VisionPuzzle.from_pretrained(recipe='stream')
 
 
 @pytest.fixture(scope='module')

@@ -15,7 +15,7 @@ import numpy as np, torch, torch.nn.functional as F
 from .codec import AudioPuzzle
 from .mel import RATE, SAMPLES, mel, to_waveform
 from ..codec.files import filled, in_blocks, open_puzzles, write_puzzles
-from ..codec.recipes import STREAM
+from ..codec.recipes import DEFAULT
 from ..core.decoders import resampled
 from ..core.sounds import check_rate, lost_above, mixed, read_channels
 
@@ -62,7 +62,7 @@ def _spectrograms(path, channels): # -> dB (B, 128, 32), notes, meta
 def encode_file(path, # .wav, .flac, .ogg, .mp3 ...
     out, # puzzle file to write
     channels:str='mix', # several into one, or each `apart`
-    recipe:str=STREAM # or grid
+    recipe:str=DEFAULT # or stream
 ) -> int: # puzzles written
     """Sound file to puzzle file, with the packaged weights; one puzzle a second, and a channel. Raises
     ValueError for a recipe that there is not."""

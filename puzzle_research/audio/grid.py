@@ -29,7 +29,7 @@ class SoundGrid(BlockGrid):
     system, in_run, packaged = '02_audio_puzzle', 'grid.safetensors', weights_path('sound_grid')
     report = '02_audio_puzzle.grid' # whose weights are packaged
 
-    def __init__(self, width:int=6):
+    def __init__(self, width:int=4):
         super().__init__(IN_BANDS, IN_TIME, 1, 4, KEPT, width, SPANS)
         self.level = nn.Parameter(torch.zeros(BANDS), requires_grad=False)   # dB
 

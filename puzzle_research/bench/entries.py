@@ -156,7 +156,7 @@ def components(m, seconds, seed, steps=None): return ComponentCodec(m)
 # %% ../../nbs/bench/03_entries.ipynb #8b926d19
 def stream(m:Modality, seconds, seed, steps=None):
     module, kind = (pictures, 'VisionPuzzle') if m.name == 'image' else (sounds, 'AudioPuzzle')
-    codec = getattr(module, kind).from_pretrained()
+    codec = getattr(module, kind).from_pretrained(recipe='stream')
     return with_numbers(codec, module.learned_numbers(codec))
 
 # %% ../../nbs/bench/03_entries.ipynb #dc96b33e

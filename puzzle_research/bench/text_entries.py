@@ -68,7 +68,7 @@ def byte_pairs(m, seconds, seed, steps=None):
 
 # %% ../../nbs/bench/02a_text_entries.ipynb #62548f04
 def text_stream(m, seconds, seed, steps=None):
-    codec = LanguagePuzzle.from_pretrained()
+    codec = LanguagePuzzle.from_pretrained(recipe='stream')
     codec.learned_numbers = learned_numbers(codec.model)
     return TextItems(codec)
 

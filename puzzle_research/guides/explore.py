@@ -203,7 +203,7 @@ def chooser(show, names, pick, accept, read):
 # %% ../../nbs/guides/03_explore.ipynb #ffb9fbe3
 def explore_pictures() -> Explorer:
     "Photographs by both recipes."
-    codecs = dict(stream=VisionPuzzle.from_pretrained(), grid=GridPuzzle.from_pretrained())
+    codecs = dict(stream=VisionPuzzle.from_pretrained(recipe='stream'), grid=GridPuzzle.from_pretrained())
     test = torch.from_numpy(np.array(load('bundled_photos', 'test').arrays['image'][:12]))
     names = [(f'photograph {i}', i) for i in range(len(test))]
     controls = chooser(lambda x: explorer.show(x), names, lambda i: test[i:i + 1], 'image/*', picture_of)
@@ -266,7 +266,7 @@ class Recorder(anywidget.AnyWidget):
 def explore_sounds() -> Explorer:
     "Spoken words by both recipes."
     test = clips('speech_commands', 'test', 'bundled')
-    codecs = dict(stream=AudioPuzzle.from_pretrained(), grid=SoundGrid.from_pretrained())
+    codecs = dict(stream=AudioPuzzle.from_pretrained(recipe='stream'), grid=SoundGrid.from_pretrained())
     names, recorder = [(f'recording {i}', i) for i in range(12)], Recorder()
     def read(raw):
         return sound_of(*read_sound(raw))
@@ -288,7 +288,7 @@ class TextView(W.HTML):
 
 def explore_texts(text:str) -> Explorer:
     "Any text; what is longer than surely fits is cut."
-    codec, field = LanguagePuzzle.from_pretrained(), W.Textarea(text, continuous_update=False)
+    codec, field = LanguagePuzzle.from_pretrained(recipe='stream'), W.Textarea(text, continuous_update=False)
     explorer = Explorer(dict(stream=codec), TextView, [field])
     def read(change):
         explorer.show([change.new[:codec.longest_raw]])

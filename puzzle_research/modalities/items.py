@@ -171,15 +171,12 @@ RECIPES = ('grid', 'stream')
 def codecs(recipe:str) -> dict: # modality -> codec with the weights of the package
     "Raises ValueError for a recipe that is not known."
     from puzzle_research.audio.codec import AudioPuzzle
-    from puzzle_research.audio.grid import SoundGrid
     from puzzle_research.text.codec import LanguagePuzzle
-    from puzzle_research.text.grid import TextGrid
     from puzzle_research.vision.codec import VisionPuzzle
-    from puzzle_research.vision.grid import GridPuzzle
-    kinds = dict(grid=(GridPuzzle, SoundGrid, TextGrid), stream=(VisionPuzzle, AudioPuzzle, LanguagePuzzle))
-    if recipe not in kinds:
+    if recipe not in RECIPES:
         raise ValueError(f"puzzles of an unknown recipe {recipe!r}; known: {', '.join(RECIPES)}")
-    return dict(zip(MODALITIES, (kind.from_pretrained() for kind in kinds[recipe])))
+    kinds = VisionPuzzle, AudioPuzzle, LanguagePuzzle
+    return dict(zip(MODALITIES, (kind.from_pretrained(recipe=recipe) for kind in kinds)))
 
 # %% ../../nbs/modalities/01_items.ipynb #58e58206
 @dataclass

@@ -12,7 +12,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 
 from ..codec.files import content_id, open_puzzles, write_puzzles
-from ..codec.recipes import STREAM
+from ..codec.recipes import DEFAULT, STREAM
 from ..core.puzzle import CELLS, from_digits, to_digits
 from .any_text import decode_any, encode_any, is_segment
 from .codec import LanguagePuzzle, check_texts
@@ -81,7 +81,7 @@ def read_text(path) -> str:
 
 # %% ../../nbs/text/11_files.ipynb #252e1afe
 def encode_file(path, out, # text, puzzle file to write
-    recipe:str=STREAM # or grid
+    recipe:str=DEFAULT # or stream
 ) -> int: # puzzles written
     "Text file to puzzle file, with the packaged weights. Raises ValueError for a recipe that there is not."
     recipe, text = LanguagePuzzle.recipe_called(recipe), read_text(path)

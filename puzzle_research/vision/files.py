@@ -12,7 +12,7 @@ import torch, torch.nn.functional as F
 from einops import rearrange
 
 from ..codec.files import filled, in_blocks, open_puzzles, write_puzzles
-from ..codec.recipes import STREAM
+from ..codec.recipes import DEFAULT
 from ..core.diagnose import psnr
 from ..core.pictures import check_colour, read_picture
 from .codec import VisionPuzzle
@@ -48,7 +48,7 @@ def open_picture(path,
 # %% ../../nbs/vision/08_files.ipynb #55718abb
 def encode_file(path, out, # picture, puzzle file to write
     background='white', # colour under what is transparent
-    recipe:str=STREAM # or grid
+    recipe:str=DEFAULT # or stream
 ) -> int: # puzzles written
     "Picture to puzzle file, with the packaged weights. Raises ValueError for a recipe that there is not."
     recipe = VisionPuzzle.recipe_called(recipe)
