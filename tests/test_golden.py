@@ -36,12 +36,14 @@ def pictures():
 
 @pytest.fixture(scope='module')
 def sounds():
-    return mel(bundled('speech_commands', 'sound')), AudioPuzzle.from_pretrained(recipe='stream'), golden('audio')
+    codec = AudioPuzzle.from_pretrained(recipe='stream')
+    return mel(bundled('speech_commands', 'sound')), codec, golden('audio')
 
 
 @pytest.fixture(scope='module')
 def texts():
-    return json.loads((GOLDEN/'text.json').read_text()), LanguagePuzzle.from_pretrained(recipe='stream'), golden('text')
+    codec = LanguagePuzzle.from_pretrained(recipe='stream')
+    return json.loads((GOLDEN/'text.json').read_text()), codec, golden('text')
 
 
 @pytest.mark.parametrize('kind', ['pictures', 'sounds', 'texts'])

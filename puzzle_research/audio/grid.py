@@ -36,7 +36,8 @@ class SoundGrid(BlockGrid):
     def signal(self, mels):
         return (mels.float().clamp(FLOOR, CEILING) - self.level[:, None]).flip(1)[:, None]/SPAN
 
-    def unsignal(self, signals): return (signals[:, 0].flip(1)*SPAN + self.level[:, None]).clamp(FLOOR, CEILING)
+    def unsignal(self, signals):
+        return (signals[:, 0].flip(1)*SPAN + self.level[:, None]).clamp(FLOOR, CEILING)
 
     def check_items(self, mels):
         if mels.shape[1:] != (BANDS, FRAMES) or not mels.isfinite().all():

@@ -72,11 +72,6 @@ class BlockGrid(OnHub, nn.Module):
         self.blocks, self.pixels = BlockNet(kept), PixelNet(channels, step)
         self.register_buffer('layout', torch.arange(CELLS**2))   # cell of each digit of a block
 
-    @property
-    def learned_numbers(self):
-        rest = sum(p.numel() for name, p in self.named_parameters() if not name.startswith('code.'))
-        return rest + self.code.learned_numbers
-
     def signal(self, items): return items
 
     def unsignal(self, signals): return signals
@@ -90,6 +85,12 @@ class BlockGrid(OnHub, nn.Module):
     def load(cls, path):
         "Read what `save` wrote. Raises ValueError for a file that is not whole, or of something else."
         return load_halves(cls(), path)
+
+# %% ../../nbs/codec/18_blocks.ipynb #383c9457
+@patch(as_prop=True)
+def learned_numbers(self:BlockGrid) -> int:
+    rest = sum(p.numel() for name, p in self.named_parameters() if not name.startswith('code.'))
+    return rest + self.code.learned_numbers
 
 # %% ../../nbs/codec/18_blocks.ipynb #06535918
 @patch

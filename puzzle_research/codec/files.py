@@ -57,6 +57,7 @@ def load_halves(codec, path): # -> the module, in eval mode
     except (AttributeError, RuntimeError):
         ours, found = type(codec).__name__, holder_of(state)
         said = f'weights of {found}, not of {ours}' if found else f'other weights than those of {ours}'
+        said = f'weights of an older {ours}' if found == ours else said
         raise ValueError(f'{path} holds {said}') from None
     return codec.eval()
 
