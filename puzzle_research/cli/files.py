@@ -95,17 +95,18 @@ def encode(
                                                'a picture, a name or #rrggbb; default white.')] = None,
     channels:Annotated[Optional[str], option(metavar='mix|apart', help='Channels of a sound: mixed into one '
                                              '(default), or each coded apart.')] = None,
-    recipe:Annotated[Optional[str], option(metavar='stream|grid', help='stream (default) keeps most; in a '
-                                           'grid every digit means the same wherever it stands.')] = None,
+    recipe:Annotated[Optional[str], option(metavar='grid|stream', help='In a grid (default) every digit '
+                                           'means the same wherever it stands; stream keeps most.')] = None,
     quality:Annotated[bool, option('--quality', help='Decode what was written, and say how near it is: PSNR '
                                    'of a picture, dB of a spectrogram.')] = False,
 ):
     """Turn a file into puzzles, 30x30 grids of digits in an ARC JSON file.
 
-    One for each 32x32 tile of a picture, each second of a sound, of a text about 1,000
-    characters of a short English one. Long texts fill their puzzles: 1,500 to 2,700 characters of Python,
-    4,000 to 9,600 of JSON, 1,360 to 2,170 of Markdown, 1,350 to 1,470 of the GPL and its like (files of 23
-    to 300 kB); what no model can foretell gets 440 characters of ASCII, 370 bytes of any other. What of the
+    One for each 32x32 tile of a picture, each second of a sound, 445 characters of an English text. As a
+    stream (`--recipe stream`) a puzzle holds about 1,000 characters of a short text, and long ones fill
+    theirs: 1,500 to 2,700 characters of Python, 4,000 to 9,600 of JSON, 1,360 to 2,170 of Markdown, 1,350 to
+    1,470 of the GPL and its like (files of 23 to 300 kB); what no model can foretell gets 440 characters of
+    ASCII, 370 bytes of any other. What of the
     file the puzzles do not hold is said, and noted in the puzzle file.
     """
     from puzzle_research.core.outputs import whole_output

@@ -35,8 +35,13 @@ class Recipes:
     @classmethod
     def from_pretrained(cls, name=None, recipe:str=None, # stream or grid
                         **hub):
-        "A ready codec of the recipe; of none, the package's grid, or this very class where there is a name."
-        if name is None:
-            recipe = recipe or DEFAULT
-        kind = cls.of_recipe(recipe) if recipe else cls
-        return (super() if kind is cls else kind).from_pretrained(name, **hub)
+        "The package's codec of the recipe (of none: the grid), or what has this name, of whichever recipe."
+        told = recipe or name is None
+        kinds = [cls.of_recipe(recipe or DEFAULT)] if told else [cls, *map(cls.of_recipe, cls.recipes)]
+        own, refused = super().from_pretrained, None
+        for kind in dict.fromkeys(kinds):
+            try:
+                return (own if kind is cls else kind.from_pretrained)(name, **hub)
+            except (ValueError, FileNotFoundError) as error:
+                refused = refused or error      # what this class says, if no other takes it
+        raise refused

@@ -129,7 +129,7 @@ def pairs_of_cells(puzzles:np.ndarray) -> np.ndarray: # the inverse
 class TextGrid(OnHub):
     "Texts of up to 445 characters to uint8 puzzles (B, 30, 30), and back to the letter."
     system, in_run, packaged = '03_language_puzzle', 'grid.safetensors', weights_path('text_grid')
-    report = '09_readable_puzzles' # whose weights are packaged
+    report = '03_language_puzzle.grid' # whose weights are packaged
 
     def __init__(self, table:list): # (100) characters, '' at `PAD` and `ESCAPED`
         self.table, self.place_of = table, {c: i for i, c in enumerate(table) if c}
