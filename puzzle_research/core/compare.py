@@ -200,7 +200,7 @@ def tables(runs, metrics=()) -> list: # of Table
     "What differs between groups, and the comparison, as tables for a terminal or a report."
     frame, gap = compare(runs, metrics), differences(runs)
     differ = [[name, *map(_text, row)] for name, row in zip(gap.index, gap.values)]
-    first = Table(['parameter', *gap.columns], differ)
+    first = [Table(['parameter', *gap.columns], differ)] if differ else []     # seeds alone differ in none
     def cells(row):
         sd = None if math.isnan(row.sd) else row.sd
         p = '' if math.isnan(row.p) else show_number(row.p)
@@ -208,12 +208,11 @@ def tables(runs, metrics=()) -> list: # of Table
         return [str(int(row.n)), show_number(row['mean'], sd), gap, pairs, p]
     head = ['metric', 'group', 'n', 'mean ± sd', 'difference', 'pairs', 'p']
     rows = [[*index, *cells(row)] for index, row in frame.iterrows()]
-    return [first, Table(head, rows, right=(2, 3, 4, 5, 6))]
+    return [*first, Table(head, rows, right=(2, 3, 4, 5, 6))]
 
 def signed(v:float) -> str: return '' if math.isnan(v) else ('+' if v > 0 else '') + show_number(v)
 
 def compare_text(runs, metrics=()) -> str: # markdown
     "The comparison as markdown: differences of configuration, table, caveats."
-    first, second = tables(runs, metrics)
     told = 'Differences are from the first group; p is of a paired t-test over the seeds that both have.'
-    return '\n\n'.join([first.markdown(), second.markdown(), told, *caveats(runs)])
+    return '\n\n'.join([*(t.markdown() for t in tables(runs, metrics)), told, *caveats(runs)])
