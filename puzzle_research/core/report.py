@@ -15,7 +15,7 @@ from pathlib import Path
 from .beside import against_rival, bars_of, families, headline, main_metrics, referenced
 from .beside import references
 from .collect import NUMBER, collect, merge_notes
-from .config import notebook_of, root
+from .config import OLDER, notebook_of, root
 from .measure import BARS, OPS, check_summary, show_given
 from .runs import write_atomic
 from .table import ARROW, Table, asks, caption, code, count, kept_together, measured_on
@@ -239,7 +239,8 @@ def recipe_section(doc:dict, beside) -> str: # documents of other recipes of the
         values = [kept_together(ours(d, name)) if name in d['metrics'] else '—' for d in docs]
         return [f"{code(name)}{ARROW[m['direction']]}<br>{m['unit']}", *values]
     footing = ['budget, seeds', *(f"{d['budget']}, {seeds_of(d)}" for d in docs)]
-    head = ['metric', *(f"[{code(d['recipe'])}]({stem(d)}.md)" for d in docs)]
+    def called(d): return code(OLDER.get(d['recipe'], d['recipe']))
+    head = ['metric', *(f'[{called(d)}]({stem(d)}.md)' for d in docs)]
     return Table(head, [*map(row, names), footing], right=tuple(range(1, len(docs) + 1))).markdown()
 
 # %% ../../nbs/core/11_report.ipynb #c031
