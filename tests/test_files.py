@@ -32,7 +32,7 @@ def encoded(tmp_path_factory):
     sf.write(folder/'tone.wav', tone(8000), RATE)
     (folder/'photo.txt').write_text('A text with the name of a picture.')
     for name, codec in {'photo.png': vision, 'tone.wav': audio, 'photo.txt': text}.items():
-        codec.encode_file(folder/name, folder/f'{name}.json')
+        codec.encode_file(folder/name, folder/f'{name}.json', recipe='stream')
     return folder
 
 
@@ -251,7 +251,7 @@ def test_options_of_another_kind_are_refused(files, command):
 
 @pytest.mark.parametrize('name', ['photo.png', 'tone.wav', 'photo.txt'])
 def test_a_grid_says_what_it_is_and_comes_back(files, command, name):
-    assert command('encode', files/name, '--recipe', 'grid', '--quality') == (0, '')
+    assert command('encode', files/name, '--quality') == (0, '')
     file = files/f'{name}.puzzle.json'
     puzzles, meta = load_puzzles(file)
     assert meta['recipe'] == 'grid' and load_puzzles(files/f'{name}.json')[1]['recipe'] == 'stream'

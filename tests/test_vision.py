@@ -65,7 +65,9 @@ def test_precision_of_the_published_design(budget, precision):
 
 
 def test_packaged_codec_keeps_the_protocol(codec, photos):
-    assert check_codec(codec, photos[:2])['digits_used'] == 10
+    def fresh(): return VisionPuzzle.from_pretrained(recipe='stream')
+    assert check_codec(codec, photos[:2], fresh=fresh)['digits_used'] == 10
+    assert check_codec(VisionPuzzle.from_pretrained(), photos[:2])['digits_used'] == 10      # grid
 
 
 def test_photos_come_back(codec, photos, puzzles):
