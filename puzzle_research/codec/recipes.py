@@ -36,12 +36,12 @@ class Recipes:
     def from_pretrained(cls, name=None, recipe:str=None, # stream or grid
                         **hub):
         "The package's codec of the recipe (of none: the grid), or what has this name, of whichever recipe."
-        told = recipe or name is None
-        kinds = [cls.of_recipe(recipe or DEFAULT)] if told else [cls, *map(cls.of_recipe, cls.recipes)]
         own, refused = super().from_pretrained, None
-        for kind in dict.fromkeys(kinds):
+        for known in [recipe or DEFAULT] if recipe or name is None else cls.recipes:
+            kind = cls.of_recipe(known)
+            more = dict(recipe=known) if hasattr(kind, 'recipes') else {}      # or it would take the default
             try:
-                return (own if kind is cls else kind.from_pretrained)(name, **hub)
+                return own(name, **hub) if kind is cls else kind.from_pretrained(name, **more, **hub)
             except (ValueError, FileNotFoundError) as error:
-                refused = refused or error      # what this class says, if no other takes it
+                refused = refused or error      # what the first says, if no other takes it
         raise refused

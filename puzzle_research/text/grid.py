@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLACES', 'PAD', 'ESCAPED', 'KINDS', 'RECORD', 'LOST', 'kind_of', 'rows_needed', 'frequent', 'by_company', 'arrange',
-           'to_pairs', 'records', 'to_text', 'lines_of_cells', 'pairs_of_cells', 'TextGrid', 'load_table']
+           'to_pairs', 'records', 'near_pad', 'to_text', 'lines_of_cells', 'pairs_of_cells', 'TextGrid', 'load_table']
 
 # %% ../../nbs/text/20_grid.ipynb #b72e3fbc
 import unicodedata
@@ -104,12 +104,18 @@ def records(pairs:np.ndarray) -> tuple: # ((place, character) each, where they b
         found.append((int(digits[:3]), chr(number) if real else LOST))
     return found, at
 
+def near_pad(pair) -> bool: # one wrong digit away
+    return pair//10 == PAD//10 or pair % 10 == PAD % 10
+
 def to_text(pairs:np.ndarray, table:list) -> str:
     "The inverse of `to_pairs`."
     told, end = records(pairs)
     used = pairs[:end] != PAD
     agree = np.concatenate([[0], np.cumsum(np.where(used, 1, -1))])    # by how many pairs a length fits
     length = int(agree.argmax())
+    again = length + 2      # fits as well, if this unused place is wrong and not the used one behind it
+    if again <= end and agree[again] == agree[length] and not near_pad(pairs[length + 1]):
+        length = again
     escaped = np.flatnonzero(pairs[:length] == ESCAPED)
     told = dict(zip(escaped, [c for _, c in told]) if len(told) == len(escaped) else told)
     return ''.join(told.get(i, LOST) if pair == ESCAPED else table[pair] or LOST
