@@ -8,6 +8,7 @@ __all__ = ['STREAM', 'DEFAULT', 'Recipes']
 # %% ../../nbs/codec/10a_recipes.ipynb #247f36f1
 import importlib
 
+from fastcore.basics import patch
 from ..core.config import OLDER, nearest
 
 # %% ../../nbs/codec/10a_recipes.ipynb #a6c291d6
@@ -32,16 +33,18 @@ class Recipes:
         module, name = cls.recipes[cls.recipe_called(recipe)].split(':')
         return getattr(importlib.import_module(f'puzzle_research.{module}'), name)
 
-    @classmethod
-    def from_pretrained(cls, name=None, recipe:str=None, # stream or grid
-                        **hub):
-        "The package's codec of the recipe (of none: the grid), or what has this name, of whichever recipe."
-        own, refused = super().from_pretrained, None
-        for known in [recipe or DEFAULT] if recipe or name is None else cls.recipes:
-            kind = cls.of_recipe(known)
-            more = dict(recipe=known) if hasattr(kind, 'recipes') else {}      # or it would take the default
-            try:
-                return own(name, **hub) if kind is cls else kind.from_pretrained(name, **more, **hub)
-            except (ValueError, FileNotFoundError) as error:
-                refused = refused or error      # what the first says, if no other takes it
-        raise refused
+# %% ../../nbs/codec/10a_recipes.ipynb #6ba5af46
+@patch(cls_method=True)
+def from_pretrained(cls:Recipes, name=None, # as `OnHub.from_pretrained`
+    recipe:str=None, # stream or grid
+    **hub):
+    "The package's codec of the recipe (of none: the grid), or what has this name, of whichever recipe."
+    own, refused = super(Recipes, cls).from_pretrained, None
+    for known in [recipe or DEFAULT] if recipe or name is None else cls.recipes:
+        kind = cls.of_recipe(known)
+        more = dict(recipe=known) if hasattr(kind, 'recipes') else {}      # or it would take the default
+        try:
+            return own(name, **hub) if kind is cls else kind.from_pretrained(name, **more, **hub)
+        except (ValueError, FileNotFoundError) as error:
+            refused = refused or error      # what the first says, if no other takes it
+    raise refused

@@ -104,6 +104,7 @@ def records(pairs:np.ndarray) -> tuple: # ((place, character) each, where they b
         found.append((int(digits[:3]), chr(number) if real else LOST))
     return found, at
 
+# %% ../../nbs/text/20_grid.ipynb #c88cb5d1
 def near_pad(pair) -> bool: # one wrong digit away
     return pair//10 == PAD//10 or pair % 10 == PAD % 10
 
