@@ -33,7 +33,9 @@ def show_text(text:str, ax): # thirty characters a line, as in the puzzle
 def some_items(n:int, data:str='auto') -> list: # (codec, items, show) of each modality
     pictures = torch.from_numpy(np.array(load('cifar10', 'test', data).arrays['image'][:n]))
     text = joined(load('wikitext-2-v1', 'test', data))
-    texts = [text[i:i + 400] for i in range(1000, 1000 + 5000*n, 5000)]
+    codec = TextGrid.from_pretrained()
+    starts = range(1000, 1000 + 5000*n, 5000)
+    texts = [codec.decode(codec.encode_text(text[i:i + 440])[:1])[0] for i in starts]     # what fits
     return [(GridPuzzle, pictures, show_picture),
             (SoundGrid, clips('speech_commands', 'test', data, n).mel, show_mel),
             (TextGrid, texts, show_text)]
